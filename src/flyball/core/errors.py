@@ -1,0 +1,55 @@
+"""Every error that Flyball raises on purpose.
+
+FlyballError
+├── InvalidInput              a value that cannot be used: a file, an option, a field (also a ValueError)
+│   ├── InvalidKnob           a knob unknown, of the wrong type or out of its bounds
+│   └── VersionConflict       the configuration changed since the caller read it
+├── RequestRefused            the engine will not take this request
+│   ├── ContextLengthExceeded it can never fit
+│   └── QueueFull             not now: retry later
+├── MissingExtra              a part is not installed; says which extra to install
+├── EngineFailed              the engine thread died, or a server did not answer
+└── Infeasible                no answer meets what was asked
+
+A message says what was given, what is needed and what to do.
+"""
+
+
+class FlyballError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class InvalidInput(FlyballError, ValueError):
+    """A value from the user that cannot be used."""
+
+
+class InvalidKnob(InvalidInput):
+    """A knob that is unknown, of the wrong type, or out of its bounds."""
+
+
+class VersionConflict(InvalidInput):
+    """The configuration changed since the caller read it."""
+
+
+class RequestRefused(FlyballError):
+    """The engine will not take this request."""
+
+
+class ContextLengthExceeded(RequestRefused):
+    """A request that could never fit, however long it waited."""
+
+
+class QueueFull(RequestRefused):
+    """Too much is waiting already; the request may be sent again later."""
+
+
+class MissingExtra(FlyballError):
+    """A part of Flyball that is not installed."""
+
+
+class EngineFailed(FlyballError):
+    """The engine thread died, or a server did not answer."""
+
+
+class Infeasible(FlyballError):
+    """No answer meets what was asked."""

@@ -1,0 +1,1 @@
+"""Requests in, tokens out: scheduler, paged KV cache, model runner. The only home of torch model execution."""
