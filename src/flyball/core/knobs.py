@@ -39,7 +39,9 @@ class Knob:
             if self.low is None or self.high is None or not self.low <= self.high:
                 raise InvalidInput(f"knob {self.name}: bounds [{self.low}, {self.high}] must be given, low first")
             if self.log and not self.low > 0:
-                raise InvalidInput(f"knob {self.name}: a logarithmic scale needs a lower bound above 0, not {self.low:g}")
+                raise InvalidInput(
+                    f"knob {self.name}: a logarithmic scale needs a lower bound above 0, not {self.low:g}"
+                )
         if self.kind == "choice" and not self.choices:
             raise InvalidInput(f"knob {self.name}: list the choices")
         self.check(self.default)
@@ -61,7 +63,9 @@ class Knob:
         assert self.low is not None
         assert self.high is not None
         if not self.low <= value <= self.high:
-            raise InvalidKnob(f"{self.name}={value:g} is out of bounds; give a value from {self.low:g} to {self.high:g}")
+            raise InvalidKnob(
+                f"{self.name}={value:g} is out of bounds; give a value from {self.low:g} to {self.high:g}"
+            )
         return int(value) if self.kind == "int" else float(value)
 
 

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from flyball.core.errors import InvalidInput
 from flyball.core.slo import Latency, Slo, SloBound
@@ -86,7 +85,8 @@ def percentile(values: Sequence[float], q: float) -> float:
     return low if low == high else low + (high - low) * (position % 1)
 
 
-class Summary(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Summary:
     """Mean and percentiles of one latency, in seconds; `count` values were seen."""
 
     count: int
@@ -101,13 +101,9 @@ class Summary(NamedTuple):
     def of(cls, values: Sequence[float]) -> Summary:
         """Summarise; of nothing, all NaN."""
         if not values:
-            return cls(0, *([math.nan] * 6))
-        return cls(
-            len(values),
-            sum(values) / len(values),
-            *(percentile(values, q) for q in (50, 90, 95, 99)),
-            max(values),
-        )
+            return cls(0, math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
+        p50, p90, p95, p99 = (percentile(values, q) for q in (50, 90, 95, 99))
+        return cls(len(values), sum(values) / len(values), p50, p90, p95, p99, max(values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,9 @@ class SloBound:
         """Read a bound such as `p99_itl<60ms`; mean or pNN, then ttft, tpot, itl or e2e, then us, ms or s."""
         match = _BOUND.match(text.lower())
         if match is None:
-            raise InvalidInput(f"cannot read the SLO {text!r}; write it like p95_ttft<500ms, p99_itl<60ms or mean_e2e<8s")
+            raise InvalidInput(
+                f"cannot read the SLO {text!r}; write it like p95_ttft<500ms, p99_itl<60ms or mean_e2e<8s"
+            )
         stat = match["stat"]
         try:
             limit_s = float(match["value"]) * _UNIT_S[match["unit"]]
@@ -82,7 +84,9 @@ class Slo:
         for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise InvalidInput(f"{name} is {value}; a latency bound must exceed 0 s; leave it out to promise nothing")
+                raise InvalidInput(
+                    f"{name} is {value}; a latency bound must exceed 0 s; leave it out to promise nothing"
+                )
 
     @classmethod
     def from_bounds(cls, bounds: Iterable[SloBound]) -> Slo:

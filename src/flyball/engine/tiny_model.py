@@ -184,7 +184,9 @@ def _optimise(
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: (s + 1) / warmup if s < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup))),
+        lambda s: (
+            (s + 1) / warmup if s < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup)))
+        ),
     )
     generator = torch.Generator().manual_seed(recipe.seed + len(stage))
     for step in range(steps):
@@ -279,7 +281,9 @@ def train_tiny(
     _save(target, tokenizer, out / "target")
     draft = distil_draft(target, train_ids, recipe, progress)
     _save(draft, tokenizer, out / "draft")
-    saved = [AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval() for name in ("target", "draft")]
+    saved = [
+        AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval() for name in ("target", "draft")
+    ]
     length = recipe.sequence_tokens
     target_loss, draft_loss = (validation_loss(model, valid_ids, length) for model in saved)
     figures = {

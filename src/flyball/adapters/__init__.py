@@ -1,0 +1,1 @@
+"""The outside world, real and simulated, behind the ports of the core."""

@@ -1,0 +1,65 @@
+"""The command line: parse, wire, print. Each command lives in a module of its own and imports its part when called."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Annotated
+
+import typer
+
+from flyball import __version__
+from flyball.core.errors import FlyballError, MissingExtra
+
+app = typer.Typer(
+    name="flyball",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The governor for LLM serving: serve, tune and plan so that the latency promise is kept at the least cost.",
+)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise MissingExtra, naming what to install, unless every module can be imported."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtra(
+            f"this command needs {', '.join(missing)}, which is not installed; run: pip install 'flyball[{extra}]'"
+        )
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"flyball {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _register() -> None:
+    from flyball.cli import train_tiny
+
+    app.command("train-tiny")(train_tiny.run)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence and exit code 2, Ctrl-C in 130."""
+    _register()
+    try:
+        app()
+    except FlyballError as error:
+        typer.echo(f"flyball: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("flyball: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)

@@ -1,0 +1,1 @@
+"""Maths without domain words: arrays in, arrays out."""

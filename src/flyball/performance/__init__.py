@@ -1,0 +1,1 @@
+"""How one replica behaves: latency laws, queueing models, percentiles. No I/O."""

@@ -1,0 +1,1 @@
+"""Metrics in, fleet plan out: problem, calibration, sizing, solvers."""

@@ -1,0 +1,1 @@
+"""Metrics in, engine configuration out: the study loop, its objective and its report."""
