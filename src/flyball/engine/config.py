@@ -1,0 +1,100 @@
+"""Capacity against policy: what is fixed when the engine starts, and what may change between any two of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from flyball.core.errors import InvalidInput, InvalidKnob, VersionConflict
+from flyball.core.knobs import Knob, Space, Value, generation_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes fixed at start. `None` means: derived from the model when it is loaded."""
+
+    model: Path
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the checkpoint's own
+    device: str = "cpu"
+    block_size: int = 16  # tokens a KV block
+    num_blocks: int | None = None  # blocks in the pool; None: what kv_cache_bytes holds
+    kv_cache_bytes: int = 512 * 2**20  # upper bound of the pool when num_blocks is not given
+    max_num_seqs: int = 64  # capacity; the live knob of the same name moves below it
+    max_num_batched_tokens: int = 2048  # capacity of one step
+    max_model_len: int | None = None  # tokens of one request, prompt and output; None: the model's positions
+    threads: int | None = None  # CPU threads of the engine; None: as torch decides
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name}={getattr(self, name)}: the engine needs at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidInput(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
+                "every running sequence needs one token a step; raise the first or lower the second"
+            )
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise InvalidInput(f"num_blocks={self.num_blocks}: the KV cache needs at least 1 block")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """One immutable snapshot of the policy; each step runs under exactly one of them."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_wait_ms: float = 0.0
+    long_prefill_token_threshold: int = 0
+    prefix_caching: bool = True
+    version: int = field(default=1)
+
+    def values(self) -> dict[str, Value]:
+        """The knobs by name, without the version."""
+        values: dict[str, Value] = asdict(self)
+        del values["version"]
+        return values
+
+    @property
+    def generation(self) -> str:
+        """Hash of the values: the same policy has the same generation, whenever it was set."""
+        return generation_of(self.values())
+
+    def changed(self, changes: Mapping[str, object], space: Space, if_version: int | None = None) -> RuntimeConfig:
+        """The next snapshot: all changes checked, alone and together, or none taken.
+
+        Raises InvalidKnob, or VersionConflict when `if_version` is not the version in force.
+        """
+        if if_version is not None and if_version != self.version:
+            raise VersionConflict(
+                f"the configuration is at version {self.version}, not {if_version}; read it again and repeat the change"
+            )
+        after = replace(self, **space.check(changes), version=self.version + 1)  # type: ignore[arg-type]  # checked
+        if after.max_num_batched_tokens < after.max_num_seqs:
+            raise InvalidKnob(
+                f"max_num_batched_tokens={after.max_num_batched_tokens} is below max_num_seqs={after.max_num_seqs}: "
+                "every running sequence needs one token a step; raise the first or lower the second"
+            )
+        return after
+
+
+def knob_space(config: EngineConfig) -> Space:
+    """The live knobs of an engine of this capacity."""
+    return Space((
+        Knob(name="max_num_seqs", kind="int", default=config.max_num_seqs, low=1, high=config.max_num_seqs, log=True,
+             doc="sequences that run at once; lowering it drains down, running requests are kept"),
+        Knob(name="max_num_batched_tokens", kind="int", default=config.max_num_batched_tokens, low=1,
+             high=config.max_num_batched_tokens, log=True, doc="tokens computed in one step, prefill and decode together"),
+        Knob(name="max_wait_ms", kind="float", default=0.0, low=0.0, high=1000.0,
+             doc="how long an idle engine gathers requests before it starts a batch; 0 starts at once"),
+        Knob(name="long_prefill_token_threshold", kind="int", default=0, low=0, high=config.max_num_batched_tokens,
+             doc="most prompt tokens of one request in one step, which protects the others' ITL; 0 sets no limit"),
+        Knob(name="prefix_caching", kind="bool", default=True,
+             doc="reuse KV blocks of equal prompt prefixes; off stops look-ups and inserts"),
+    ))  # fmt: skip
+
+
+def first_runtime(config: EngineConfig) -> RuntimeConfig:
+    """The policy an engine starts with: every knob at its default."""
+    return RuntimeConfig(**knob_space(config).defaults())  # type: ignore[arg-type]  # names and types are the knobs'
