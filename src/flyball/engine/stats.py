@@ -1,0 +1,25 @@
+"""What the engine counts: a snapshot after each step, read by metrics, readiness and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Gauges of now and counters since the start; the engine thread replaces the whole object after a step."""
+
+    step: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0  # referenced by a request
+    blocks_cached: int = 0  # free, but still holding a known prefix
+    blocks_free: int = 0  # free and empty
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0  # prompt tokens answered from the prefix cache
+    generation_tokens: int = 0
+    preemptions: int = 0
+    preempted_tokens: int = 0  # KV thrown away by preemption, to be computed again
+    finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+    last_step_s: float = 0.0  # monotonic time of the last step's end: the heartbeat
+    step_seconds: float = 0.0  # time spent in steps
