@@ -85,7 +85,7 @@ def knob_space(config: EngineConfig) -> Space:
         Knob(name="max_num_seqs", kind="int", default=config.max_num_seqs, low=1, high=config.max_num_seqs, log=True,
              doc="sequences that run at once; lowering it drains down, running requests are kept"),
         Knob(name="max_num_batched_tokens", kind="int", default=config.max_num_batched_tokens, low=1,
-             high=config.max_num_batched_tokens, log=True, doc="tokens computed in one step, prefill and decode together"),
+             high=config.max_num_batched_tokens, log=True, doc="tokens computed in one step, prefill and decode"),
         Knob(name="max_wait_ms", kind="float", default=0.0, low=0.0, high=1000.0,
              doc="how long an idle engine gathers requests before it starts a batch; 0 starts at once"),
         Knob(name="long_prefill_token_threshold", kind="int", default=0, low=0, high=config.max_num_batched_tokens,

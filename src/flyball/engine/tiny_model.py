@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flyball.core.clock import Clock
 from flyball.core.errors import InvalidInput
 
 END, USER, ASSISTANT, SYSTEM = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>"
@@ -258,7 +258,7 @@ def acceptance(target: LlamaForCausalLM, draft: LlamaForCausalLM, ids: Tensor, l
 
 
 def train_tiny(
-    paths: Sequence[Path], out: Path, recipe: Recipe, progress: Progress, sources: Sequence[str] = ()
+    paths: Sequence[Path], out: Path, recipe: Recipe, progress: Progress, *, clock: Clock, sources: Sequence[str] = ()
 ) -> dict[str, float]:
     """Train tokenizer, target and draft, and write `out/target` and `out/draft` in Hugging Face format (bf16).
 
@@ -268,7 +268,7 @@ def train_tiny(
         raise InvalidInput(f"{out} is not empty; name a new folder for the trained model")
     texts = read_texts(paths)
     out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started_s = clock.now_s()
     tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.max_positions)
     recipe = replace(recipe, vocab_size=len(tokenizer))
     train_ids, valid_ids, bytes_per_token = encode(tokenizer, texts, recipe)
@@ -296,7 +296,7 @@ def train_tiny(
         "target_bits_per_byte": target_loss / math.log(2) / bytes_per_token,
         "draft_loss_nats": draft_loss,
         "draft_acceptance": acceptance(saved[0], saved[1], valid_ids, length),
-        "minutes": (time.perf_counter() - started) / 60,
+        "minutes": (clock.now_s() - started_s) / 60,
     }
     card = {"recipe": asdict(recipe), "sources": list(sources or [p.name for p in paths]), "figures": figures}
     (out / "recipe.json").write_text(json.dumps(card, indent=1) + "\n")

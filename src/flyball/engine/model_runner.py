@@ -1,0 +1,176 @@
+"""The model and its tensors: load a Hugging Face checkpoint, lay a step out flat, run it, return the sampled rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from flyball.core.errors import InvalidInput
+from flyball.engine.attention import NAME, DecodeGroup, PagedKVCache, PrefillChunk, StepBatch
+from flyball.engine.config import EngineConfig
+from flyball.engine.scheduler import Scheduled
+
+# Decode rows are sorted by length and cut where padding would exceed this share of the gathered positions.
+_PADDING_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the engine needs to know of a checkpoint."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of one KV block over all layers."""
+        return 2 * self.layers * block_size * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class ModelRunner:
+    """Holds the weights and the paged cache; computes one flat step at a time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.model, self.shape = load_model(config.model, config.dtype, config.device)
+        self.device = config.device
+        self.block_size = config.block_size
+        per_block = self.shape.block_bytes(config.block_size)
+        self.num_blocks = config.num_blocks or config.kv_cache_bytes // per_block
+        if self.num_blocks < 1:
+            raise InvalidInput(
+                f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block; one takes {per_block} bytes, give more"
+            )
+        if config.num_blocks is None:  # no more than every sequence at full length could use
+            longest = -(
+                -min(config.max_model_len or self.shape.max_positions, self.shape.max_positions) // config.block_size
+            )
+            self.num_blocks = min(self.num_blocks, config.max_num_seqs * longest)
+        s = self.shape
+        self.cache = PagedKVCache(
+            s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
+        )
+
+    @torch.inference_mode()
+    def forward(self, parts: Sequence[Scheduled]) -> Tensor:
+        """Compute a step; returns logits [R, V] of the parts that sample, in their order."""
+        ids: list[int] = []
+        positions: list[int] = []
+        sampled: list[int] = []
+        for part in parts:
+            ids += part.request.tokens(part.start, part.start + part.count)
+            positions += range(part.start, part.start + part.count)
+            if part.samples:
+                sampled.append(len(ids) - 1)
+        logits: Tensor = self.model(
+            input_ids=self._long([ids]),
+            position_ids=self._long([positions]),
+            use_cache=False,
+            logits_to_keep=self._long(sampled),
+            paged=self._batch(parts, positions),
+        ).logits
+        return logits[0]
+
+    def _batch(self, parts: Sequence[Scheduled], positions: list[int]) -> StepBatch:
+        size = self.block_size
+        slots: list[int] = []
+        decodes: list[tuple[int, Scheduled]] = []
+        prefills: list[PrefillChunk] = []
+        place = 0
+        for part in parts:
+            table = part.request.block_table
+            slots += [table[p // size] * size + p % size for p in positions[place : place + part.count]]
+            if part.count == 1:
+                decodes.append((place, part))
+            else:
+                needed = table[: -(-(part.start + part.count) // size)]
+                prefills.append(PrefillChunk(place, part.count, part.start, self._long([needed])))
+            place += part.count
+        groups = self._decode_groups(decodes)
+        alone = len(groups) == 1 and not prefills
+        return StepBatch(self.cache, self._long(slots), groups, prefills, alone)
+
+    def _decode_groups(self, decodes: list[tuple[int, Scheduled]]) -> list[DecodeGroup]:
+        """Group rows of similar length, so that gathered padding stays small; order is kept within one group."""
+        if not decodes:
+            return []
+        size = self.block_size
+        widths = {id(part): part.start // size + 1 for _, part in decodes}
+        total = sum(widths.values())
+        if len(decodes) * max(widths.values()) <= total * (1 + _PADDING_SHARE):
+            return [self._group(decodes, widths)]
+        groups: list[DecodeGroup] = []
+        current: list[tuple[int, Scheduled]] = []
+        for item in sorted(decodes, key=lambda d: -widths[id(d[1])]):
+            widest = widths[id(current[0][1])] if current else 0
+            if current and widths[id(item[1])] * 2 <= widest:
+                groups.append(self._group(current, widths))
+                current = []
+            current.append(item)
+        groups.append(self._group(current, widths))
+        return groups
+
+    def _group(self, decodes: list[tuple[int, Scheduled]], widths: dict[int, int]) -> DecodeGroup:
+        width = max(widths[id(part)] for _, part in decodes)
+        tables = [part.request.block_table[: widths[id(part)]] for _, part in decodes]
+        padded = [table + [0] * (width - len(table)) for table in tables]
+        return DecodeGroup(
+            self._long([place for place, _ in decodes]),
+            self._long(padded),
+            self._long([part.start + 1 for _, part in decodes]),
+        )
+
+    def _long(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def load_model(path: Path, dtype: str, device: str) -> tuple[Any, ModelShape]:
+    """Load a local decoder-only checkpoint through transformers with Flyball's attention."""
+    if not (path / "config.json").is_file():
+        raise InvalidInput(f"{path} holds no config.json; give a folder with a Hugging Face checkpoint")
+    hf_logging.disable_progress_bar()
+    try:
+        raw = AutoConfig.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=NAME,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInput(
+            f"cannot load the model in {path}: {reason}; give a decoder-only checkpoint that transformers can load"
+        ) from error
+    model = model.to(device).eval().requires_grad_(False)
+    config = raw.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return model, ModelShape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        dtype=model.dtype,
+        eos_token_ids=frozenset(eos_ids),
+    )
+
+
+def load_tokenizer(path: Path) -> Any:  # noqa: ANN401  # transformers is untyped here
+    """The checkpoint's tokenizer, or None where the folder has none."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
