@@ -23,13 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with the venv module was found; install one" \
 	  "(Debian: apt-get install python3.11-venv) or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	@echo "Installing Flyball and its dependencies into .venv (about 2 GB, torch most of it; a few minutes, once) ..."
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' \
-	  | awk -v tty="$$([ -t 1 ] && echo 1)" \
-	    'tty && /^ *(Collecting|Downloading|Building|Installing)/ {printf "\r\033[K  %.76s", $$0; fflush()} \
-	     END {if (tty) printf "\r\033[K"}'
+	@echo "Installing Flyball and its dependencies into .venv (1.5 GB, torch most of it): some two minutes, once ..."
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 \
+	  | tee .venv/setup.log | awk -v tty="$$([ -t 2 ] && echo 1)" \
+	    'tty && /^ *(Collecting|Downloading|Building|Installing)/ {printf "\r\033[K  %.76s", $$0 > "/dev/stderr"} \
+	     END {if (tty) printf "\r\033[K" > "/dev/stderr"}' || { tail -n 20 .venv/setup.log >&2; exit 1; }
 	@touch $@
-	@echo "Installed; .venv holds $$($(BIN)/python -m pip list --disable-pip-version-check 2>/dev/null | tail -n +3 | wc -l) packages."
 
 fmt: $(INSTALLED)  ## format the code and mend what the linter can
 	$(BIN)/ruff format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from typing import Annotated
@@ -44,6 +45,7 @@ def _root(
     pass
 
 
+@functools.cache  # once a process, however often it is asked for
 def _register() -> None:
     from flyball.cli import train_tiny
 
@@ -51,15 +53,10 @@ def _register() -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one sentence and exit code 2, Ctrl-C in 130."""
+    """Run the command line; a user's mistake ends in one sentence and exit code 2, Ctrl-C in 130 (typer's)."""
     _register()
     try:
         app()
     except FlyballError as error:
         typer.echo(f"flyball: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("flyball: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)

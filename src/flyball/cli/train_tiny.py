@@ -27,13 +27,16 @@ def run(
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging as transformers_logging
 
+    from flyball.core.clock import SystemClock
     from flyball.engine.tiny_model import PRESETS, train_tiny
 
     if preset not in PRESETS:
         raise InvalidInput(f"unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
     recipe = PRESETS[preset] if seed is None else dataclasses.replace(PRESETS[preset], seed=seed)
     torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()  # it would write across ours
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("loss {task.fields[loss]:.3f}"))  # fmt: skip
     console = Console(stderr=True)
@@ -46,6 +49,6 @@ def run(
         def progress(stage: str, step: int, steps: int, loss: float) -> None:
             bars.update(tasks[stage], completed=step, total=steps, loss=loss)
 
-        figures = train_tiny(texts, out, recipe, progress)
+        figures = train_tiny(texts, out, recipe, progress, clock=SystemClock())
     for name, value in figures.items():
         typer.echo(f"{name:24} {value:,.3f}" if isinstance(value, float) else f"{name:24} {value:,}")

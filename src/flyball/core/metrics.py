@@ -110,7 +110,7 @@ class Summary:
 class MetricsWindow:
     """What one service did under one configuration for a while."""
 
-    duration_s: float  # first scheduled send to last token
+    duration_s: float  # first scheduled send to last token, or to last send if that came later
     generation: str  # hash or version of the configuration in force; a window across a change is discarded
     traces: tuple[RequestTrace, ...] = field(repr=False)
     slo: Slo = field(default_factory=Slo)
@@ -135,9 +135,15 @@ class MetricsWindow:
         return Summary.of(self.values(metric))
 
     def statistic(self, bound: SloBound) -> float:
-        """The statistic that a bound speaks of, in seconds; failed requests count as infinitely late."""
-        failed = len(self.traces) - len(self.completed)
-        values = self.values(bound.metric) + [math.inf] * failed
+        """The statistic that a bound speaks of, in seconds; failed requests count as infinitely late.
+
+        For ITL a failed request weighs as many gaps as a completed one has on average, so that failures cannot hide.
+        """
+        done = len(self.completed)
+        failed = len(self.traces) - done
+        values = self.values(bound.metric)
+        weight = math.ceil(len(values) / done) if bound.metric == "itl" and values else 1
+        values += [math.inf] * (failed * weight)
         if not values:
             return math.nan
         if bound.percentile is not None:

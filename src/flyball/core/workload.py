@@ -16,10 +16,13 @@ class RequestSpec:
     input_tokens: int
     output_tokens: int
     prefix_ids: tuple[int, ...] = ()  # equal leading ids mean a shared prompt prefix (Mooncake's hash_ids)
+    prefix_tokens: int = 512  # prompt tokens that each prefix id stands for
 
     def __post_init__(self) -> None:
-        if not (self.arrival_s >= 0 and self.input_tokens >= 1 and self.output_tokens >= 1):
-            raise InvalidInput(f"{self}: a request needs arrival_s >= 0, and at least one token in and one out")
+        if not (self.arrival_s >= 0 and self.input_tokens >= 1 and self.output_tokens >= 1 and self.prefix_tokens >= 1):
+            raise InvalidInput(
+                f"{self}: a request needs arrival_s >= 0, and at least one token in, one out and one a prefix id"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

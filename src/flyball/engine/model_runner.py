@@ -122,6 +122,7 @@ class ModelRunner:
         return groups
 
     def _group(self, decodes: list[tuple[int, Scheduled]], widths: dict[int, int]) -> DecodeGroup:
+        decodes = sorted(decodes, key=lambda d: d[0])  # in the step's order, so that a lone group needs no scatter
         width = max(widths[id(part)] for _, part in decodes)
         tables = [part.request.block_table[: widths[id(part)]] for _, part in decodes]
         padded = [table + [0] * (width - len(table)) for table in tables]

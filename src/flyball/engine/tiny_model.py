@@ -137,7 +137,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], recipe: Rec
         train += documents(text[:cut], rng, recipe.chat_share)
         valid += documents(text[cut:], rng, 0.0)
     rng.shuffle(train)
-    ids = [[t for doc in tokenizer(docs)["input_ids"] for t in doc] for docs in (train, valid)]
+    ids = [[t for doc in tokenizer(docs, verbose=False)["input_ids"] for t in doc] for docs in (train, valid)]
     bytes_per_token = sum(len(doc.encode()) for doc in valid) / len(ids[1])
     return torch.tensor(ids[0]), torch.tensor(ids[1]), bytes_per_token
 
@@ -264,8 +264,8 @@ def train_tiny(
 
     Returns the held-out figures that the model card states: losses in nats a token, bits a byte, acceptance, minutes.
     """
-    if out.exists() and any(out.iterdir()):
-        raise InvalidInput(f"{out} is not empty; name a new folder for the trained model")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InvalidInput(f"{out} is a file or a folder that is not empty; name a new folder for the trained model")
     texts = read_texts(paths)
     out.mkdir(parents=True, exist_ok=True)
     started_s = clock.now_s()
