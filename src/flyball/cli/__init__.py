@@ -47,8 +47,9 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import train_tiny
+    from flyball.cli import bench, train_tiny
 
+    app.command("bench")(bench.run)
     app.command("train-tiny")(train_tiny.run)
 
 
