@@ -89,6 +89,7 @@ class EngineCore:
         if request is not None:
             self.scheduler.abort(request)
             self._count(FinishReason.ABORT)
+            self._observe()
 
     def update_runtime(
         self, changes: Mapping[str, object], *, if_version: int | None = None, dry_run: bool = False
@@ -114,7 +115,8 @@ class EngineCore:
         logits = self.runner.forward(plan.parts)
         news = self.scheduler.update(plan, self._sample(logits, plan), runtime)
         outputs = [self._output(request, token) for request, token in news]
-        self._observe(plan, len(news), started)
+        prompt = sum(max(0, min(p.start + p.count, len(p.request.prompt_ids)) - p.start) for p in plan.parts)
+        self._observe(prompt, len(news), self.clock.now_s() - started)
         return outputs, None
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
@@ -145,10 +147,8 @@ class EngineCore:
     def _count(self, reason: FinishReason) -> None:
         self.stats.finished[reason.value] = self.stats.finished.get(reason.value, 0) + 1
 
-    def _observe(self, plan: StepPlan, new_tokens: int, started_s: float) -> None:
+    def _observe(self, prompt_tokens: int = 0, new_tokens: int = 0, seconds: float = 0.0) -> None:
         scheduler, pool, old = self.scheduler, self.scheduler.kv.pool, self.stats
-        now = self.clock.now_s()
-        prompt = sum(max(0, min(p.start + p.count, len(p.request.prompt_ids)) - p.start) for p in plan.parts)
         self.stats = EngineStats(
             step=scheduler.step,
             running=len(scheduler.running),
@@ -156,12 +156,12 @@ class EngineCore:
             blocks_used=pool.num_used,
             blocks_cached=pool.num_cached,
             blocks_free=pool.num_idle - pool.num_cached,
-            prompt_tokens_computed=old.prompt_tokens_computed + prompt,
+            prompt_tokens_computed=old.prompt_tokens_computed + prompt_tokens,
             prompt_tokens_cached=scheduler.cached_tokens,
             generation_tokens=old.generation_tokens + new_tokens,
             preemptions=scheduler.preemptions,
             preempted_tokens=scheduler.preempted_tokens,
             finished=old.finished,
-            last_step_s=now,
-            step_seconds=old.step_seconds + now - started_s,
+            last_step_s=self.clock.now_s(),
+            step_seconds=old.step_seconds + seconds,
         )
