@@ -10,7 +10,7 @@ PYTHON = $(shell for p in python3.11 python3.12 python3; do \
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --doctest-modules
 PURE := $(addprefix src/flyball/,core numerics performance planner tuner)
 BENCHMARKS ?= engine_throughput sizing
 
