@@ -1,0 +1,200 @@
+"""A fleet as data: what may be used, what is promised, what runs, and what is planned.
+
+A *server* is one model served for one service class; it runs as equal *replicas* on one accelerator. Costs are per
+hour in the spec's own currency or unit; everything else is in seconds, tokens and requests per second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flyball.core.errors import InvalidInput
+
+LOWEST_PRIORITY = 100  # of 1..100, 1 being served first
+IDENTIFIED_BELOW = 1000.0  # condition number of the residuals' Jacobian in log parameters (planner.md 4.3)
+
+
+def _check(owner: str, *, low: float = 0.0, **values: float) -> None:
+    """Refuse a value that is not a finite number of at least `low`."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= low):
+            raise InvalidInput(f"{owner}: {name} is {value}; give a finite number of at least {low:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """What a replica runs on: one or several cards of one type, rented together."""
+
+    name: str
+    type: str  # what capacity is counted in
+    units: int = 1  # cards of the type in one accelerator
+    cost_per_h: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(f"accelerator {self.name}", units=self.units, low=1)
+        _check(f"accelerator {self.name}", cost_per_h=self.cost_per_h)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyProfile:
+    """How fast one model runs on one accelerator under one configuration of its engine.
+
+    An engine step takes alpha + beta * tokens computed + gamma * tokens of KV cache read. What the parameters mean
+    exactly is settled by the queue model they were fitted under, so the profile names it.
+    """
+
+    model: str
+    accelerator: str
+    alpha_s: float
+    beta_s: float
+    gamma_s: float
+    max_batch: int = 0  # most sequences in a step; 0: not known
+    at_tokens: int = 0  # output length that max_batch was stated for; 0: max_batch holds at any length
+    max_step_tokens: int = 0  # most tokens computed in a step; 0: the queue model's default
+    accelerators: int = 1  # that one replica takes
+    generation: str = ""  # configuration it was measured under
+    queue_model: str = "v3"
+    condition_number: float | None = None  # of the fit; None: not fitted by us
+
+    def __post_init__(self) -> None:
+        owner = f"profile of {self.model} on {self.accelerator}"
+        _check(owner, alpha_s=self.alpha_s, beta_s=self.beta_s, gamma_s=self.gamma_s)
+        _check(owner, max_batch=self.max_batch, at_tokens=self.at_tokens, max_step_tokens=self.max_step_tokens)
+        _check(owner, accelerators=self.accelerators, low=1)
+
+    @property
+    def known(self) -> bool:
+        """Whether it says anything: a calibrator that has not converged leaves all three at 0."""
+        return self.alpha_s + self.beta_s + self.gamma_s > 0
+
+    @property
+    def identified(self) -> bool:
+        """Whether the data it was fitted to pin each parameter down; predictions near the data hold either way."""
+        return self.condition_number is None or self.condition_number <= IDENTIFIED_BELOW
+
+    def batch_limit(self, output_tokens: float) -> int:
+        """Most sequences in a step for answers of this length: longer answers hold memory longer; 0: not known."""
+        if not (self.at_tokens and output_tokens):
+            return self.max_batch
+        return max(int(self.max_batch * self.at_tokens / output_tokens), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Mean latencies promised, and tokens per second to be held ready; None promises nothing."""
+
+    ttft_s: float | None = None  # arrival to first token, waiting included
+    itl_s: float | None = None  # gap between tokens
+    output_tps: float | None = None  # of the whole server
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "itl_s", "output_tps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InvalidInput(f"target {name} is {value}; give a number above 0, or leave it out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceClass:
+    """Whom a promise is made to: its priority, and its targets for each model."""
+
+    name: str
+    priority: int = LOWEST_PRIORITY
+    targets: Mapping[str, Targets] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """The load on a server: how often requests come, and their mean lengths."""
+
+    arrival_rps: float = 0.0
+    input_tokens: float = 0.0
+    output_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("load", arrival_rps=self.arrival_rps, input_tokens=self.input_tokens, output_tokens=self.output_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Replicas on an accelerator; no accelerator and no replicas is a placement as well."""
+
+    accelerator: str = ""
+    replicas: int = 0
+    cost_per_h: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(f"placement on {self.accelerator or 'nothing'}", replicas=self.replicas, cost_per_h=self.cost_per_h)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """One model served for one class: its load, its limits, and where it runs now."""
+
+    name: str
+    service_class: str
+    model: str
+    demand: Demand = field(default_factory=Demand)
+    min_replicas: int = 0
+    max_batch: int = 0  # 0: as the profile says
+    max_queue: int = 0  # requests that may wait at one replica; more are turned away
+    keep_accelerator: bool = False
+    current: Placement = field(default_factory=Placement)
+
+    def __post_init__(self) -> None:
+        owner = f"server {self.name}"
+        _check(owner, min_replicas=self.min_replicas, max_batch=self.max_batch, max_queue=self.max_queue)
+
+
+def _named(kind: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InvalidInput(f"{kind} {name!r} is given twice; keep one of them")
+        seen.add(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSpec:
+    """All that a plan is made from."""
+
+    accelerators: tuple[Accelerator, ...]
+    profiles: tuple[LatencyProfile, ...]
+    service_classes: tuple[ServiceClass, ...]
+    servers: tuple[ServerSpec, ...]
+    capacity: Mapping[str, int] = field(default_factory=dict)  # cards of each accelerator type
+    unlimited: bool = False  # plan as if every type were plentiful
+
+    def __post_init__(self) -> None:
+        _named("accelerator", (a.name for a in self.accelerators))
+        _named("profile", (f"{p.model} on {p.accelerator}" for p in self.profiles))
+        _named("service class", (c.name for c in self.service_classes))
+        _named("server", (s.name for s in self.servers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation(Placement):
+    """Where a server shall run, and what its requests should then see on average."""
+
+    max_batch: int
+    ttft_s: float
+    itl_s: float
+    utilization: float = 0.0  # share of the batch in use
+    loss: float = 0.0  # share of requests turned away because the queue is full
+    capacity_rps: float = 0.0  # of all replicas together, within the targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPlan:
+    """The whole wanted state, never a delta; what could not be served is named with its reason."""
+
+    allocations: Mapping[str, Allocation]  # by server, in the spec's order
+    unserved: Mapping[str, str]  # server -> reason
+    solver: str
+
+    @property
+    def cost_per_h(self) -> float:
+        """Of all allocations."""
+        return math.fsum(a.cost_per_h for a in self.allocations.values())

@@ -1,0 +1,128 @@
+"""Finite queues with state-dependent service, solved in closed form where the chain is geometric.
+
+A birth-death chain on 0..K: arrivals at rate lambda while fewer than K = N + Q are present, service at rate mu(k)
+with k present and at mu(N) beyond. Its stationary law (Kleinrock, Queueing Systems I, 3.1) is
+
+    p[k] ∝ prod_{j=1..k} lambda / mu(min(j, N))
+
+so log p is linear in log(lambda) for k < N, and from k = N on the terms are geometric with ratio r = lambda / mu(N).
+The head is one exponential a state, the tail (however long the queue) a closed form.
+
+symbol      shape     meaning
+C, R                  queues solved at once; arrival rates tried on each
+N           [C]       states of the head: the most that are served at once
+Q           [C]       places for those who wait
+log_mu_sum  [C, Nmax] log_mu_sum[k] = sum of log(mu(j)) for j = 1..k, k = 0..N-1; +inf past the end of a shorter row
+log_mu_last [C, 2]    that sum for k = N, and log(mu(N))
+lam         [C, R]    arrival rates
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_SERIES_BELOW = 1e-3  # |terms * log r| under which the closed form of sum(i r^i) cancels; its series is exact to 1e-9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Occupancy:
+    """Stationary means of a finite queue; every array is [C, R]."""
+
+    in_service: Floats
+    waiting: Floats
+    accepted: Floats  # share of arrivals that find a place
+    idle: Floats  # probability that nobody is present
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServiceRates:
+    """The service side of C finite queues, ready to be met by any arrival rate."""
+
+    log_mu_sum: Floats
+    log_mu_last: Floats
+    servers: Ints
+    places: Ints
+
+    @classmethod
+    def of(cls, mu: Floats, servers: Ints, places: Ints) -> ServiceRates:
+        """Prepare rates mu [C, Nmax], mu[:, k-1] being the rate with k present (any value past a row's N).
+
+        >>> one = ServiceRates.of(np.array([[1.0]]), np.array([1]), np.array([9]))  # M/M/1/10
+        >>> seen = occupancy(one, np.array([[0.5]]))
+        >>> print(f"{(seen.in_service + seen.waiting)[0, 0]:.7f}")
+        0.9946263
+        """
+        rows = np.arange(len(mu))
+        total = np.cumsum(np.log(mu), axis=1)
+        head = np.concatenate((np.zeros((len(mu), 1)), total[:, :-1]), axis=1)
+        head[np.arange(mu.shape[1]) >= servers[:, None]] = np.inf
+        last = np.stack((total[rows, servers - 1], np.log(mu[rows, servers - 1])), axis=1)
+        return cls(head, last, servers, places)
+
+    def take(self, rows: Ints) -> ServiceRates:
+        """Some of the queues."""
+        return ServiceRates(self.log_mu_sum[rows], self.log_mu_last[rows], self.servers[rows], self.places[rows])
+
+
+def geometric_sums(r: Floats, terms: Floats) -> tuple[Floats, Floats]:
+    """Sums of r^i and of i r^i over i = 0..terms-1, for 0 <= r <= 1.
+
+    >>> geometric_sums(np.array([0.5, 1.0]), np.array([3.0, 4.0]))
+    (array([1.75, 4.  ]), array([1., 6.]))
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        log_r = np.log(r)
+        gap = -np.expm1(log_r)  # 1 - r
+        power = np.exp(terms * log_r)
+        plain = -np.expm1(terms * log_r) / gap
+        weighted = (r * plain - terms * power) / gap  # from sum(i r^i) = (r sum(r^i) - n r^n) / (1 - r)
+    near = terms * -log_r < _SERIES_BELOW
+    if near.any():
+        n, log_near = terms[near], log_r[near]
+        first, second = n * (n - 1) / 2, (n - 1) * n * (2 * n - 1) / 6
+        plain[near] = n + log_near * first + log_near**2 / 2 * second
+        weighted[near] = first + log_near * second + log_near**2 / 2 * first**2
+    nothing = terms <= 0
+    plain[nothing], weighted[nothing] = 0.0, 0.0
+    return plain, np.where(r == 0.0, 0.0, weighted)
+
+
+def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
+    """Solve every queue at its arrival rates (> 0, however large): no overflow, no cancellation, no loop over states.
+
+    Terms are scaled by the largest one. With r > 1 the tail is summed from its far end, which is then the largest.
+    """
+    n, q = service.servers[:, None].astype(np.float64), service.places[:, None].astype(np.float64)
+    log_lam = np.log(lam)
+    states = np.arange(service.log_mu_sum.shape[1], dtype=np.float64)
+    head = log_lam[:, :, None] * states - service.log_mu_sum[:, None, :]
+    log_r = log_lam - service.log_mu_last[:, 1:]
+    tail = n * log_lam - service.log_mu_last[:, :1] + np.maximum(log_r, 0.0) * q
+    scale = np.maximum(head.max(axis=2), tail)
+    head -= scale[:, :, None]
+    np.exp(head, out=head)
+    head_sum, head_mean = np.moveaxis(head @ np.stack((np.ones_like(states), states), axis=1), 2, 0)
+    tail = np.exp(tail - scale)
+
+    r = np.exp(-np.abs(log_r))
+    before, before_weighted = geometric_sums(r, np.broadcast_to(q, r.shape).copy())  # Q terms; the chain has Q + 1
+    end = np.exp(-np.abs(log_r) * q)
+    rising = log_r > 0
+    tail_sum = np.where(rising, 1 + r * before, before + end)
+    tail_open = np.where(rising, r * before, before)  # without state K, where arrivals are turned away
+    all_sum, all_weighted = before + end, before_weighted + q * end
+    tail_waiting = np.where(rising, q * all_sum - all_weighted, all_weighted)
+
+    total = head_sum + tail * tail_sum
+    return Occupancy(
+        in_service=(head_mean + n * tail * tail_sum) / total,
+        waiting=tail * tail_waiting / total,
+        accepted=(head_sum + tail * tail_open) / total,
+        idle=np.exp(-scale) / total,
+    )

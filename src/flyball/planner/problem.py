@@ -1,0 +1,254 @@
+"""What a solver chooses from: for each server, every way to run it that keeps its promises, sized and priced.
+
+The rules are those of llm-inferno's optimizer (docs/theory/queueing.md): how large the batch is, how many replicas the
+load needs, what a change from the present placement is worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flyball.core.fleet import (
+    LOWEST_PRIORITY,
+    Accelerator,
+    Allocation,
+    FleetSpec,
+    LatencyProfile,
+    Placement,
+    ServerSpec,
+    Targets,
+)
+from flyball.performance.queueing import QueueModel, Replicas, queue_model
+from flyball.performance.sizing import Goals, analyze_replicas, optimal_batch, size_replicas
+
+BATCH_CEILING = 256  # of the search for a batch, where the profile states none (vLLM's usual max_num_seqs)
+MOVE_PENALTY = 0.1  # of both costs, for leaving an accelerator (llm-inferno's AccelPenaltyFactor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to run a server."""
+
+    allocation: Allocation
+    type: str = ""  # of accelerator, as capacity counts it
+    cards: int = 0  # of that type, all replicas together
+    value: float = 0.0  # what solvers minimise: cost per hour plus the price of moving
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A server and its candidates, least value first; without any, the reason says why."""
+
+    server: ServerSpec
+    priority: int
+    candidates: tuple[Candidate, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Choose at most one candidate for each server."""
+
+    choices: tuple[Choice, ...]
+    capacity: Mapping[str, int]  # cards of each type
+
+
+def transition_value(current: Placement, new: Placement) -> float:
+    """What a solver minimises: the cost added, and a tenth of both costs for moving to another accelerator.
+
+    >>> transition_value(Placement(), Placement(accelerator="A100", replicas=2, cost_per_h=80.0))
+    88.0
+    """
+    if current.accelerator == new.accelerator:
+        return 0.0 if current.replicas == new.replicas else new.cost_per_h - current.cost_per_h
+    return MOVE_PENALTY * (current.cost_per_h + new.cost_per_h) + new.cost_per_h - current.cost_per_h
+
+
+def build(spec: FleetSpec, model: str | None = None) -> Problem:
+    """Size every server on every accelerator that its model has a profile for.
+
+    `model` names one queue model for all; without it each profile's own is used.
+    """
+    outcomes = _outcomes(spec)
+    sized = iter(_size([pair for outcome in outcomes if not isinstance(outcome, str) for pair in outcome], model))
+    priorities = {c.name: c.priority for c in spec.service_classes}
+    choices = []
+    for server, outcome in zip(spec.servers, outcomes, strict=True):
+        candidates, reason = (), outcome if isinstance(outcome, str) else ""
+        if not reason:
+            candidates, reason = _settle(server, [next(sized) for _ in outcome])
+        priority = priorities.get(server.service_class, LOWEST_PRIORITY)
+        choices.append(Choice(server=server, priority=priority, candidates=candidates, reason=reason))
+    return Problem(choices=tuple(choices), capacity=spec.capacity)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A server on an accelerator, before it is sized."""
+
+    server: ServerSpec
+    accelerator: Accelerator
+    profile: LatencyProfile
+    targets: Targets
+
+    @property
+    def batch(self) -> int:
+        """Its fixed batch limit; 0: to be searched for."""
+        if self.server.max_batch:
+            return self.server.max_batch
+        return self.profile.batch_limit(self.server.demand.output_tokens) if self.profile.at_tokens else 0
+
+    @property
+    def rate_rps(self) -> float:
+        """What the replicas together must take: the load, or more where more tokens per second are promised."""
+        demand = self.server.demand
+        if self.targets.output_tps is None or not demand.output_tokens:
+            return demand.arrival_rps
+        return max(demand.arrival_rps, self.targets.output_tps / demand.output_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _TooSlow:
+    """A pair that misses a target however little load it is given."""
+
+    pair: _Pair
+    ttft_s: float  # when idle; NaN where the queue model has no answer
+    itl_s: float
+
+    @property
+    def excess(self) -> float:
+        """How many times over its targets it is."""
+        targets = self.pair.targets
+        return max(self.ttft_s / (targets.ttft_s or math.inf), self.itl_s / (targets.itl_s or math.inf))
+
+    def __str__(self) -> str:
+        name = self.pair.accelerator.name
+        if math.isnan(self.ttft_s):
+            return f"{name} cannot be solved with a batch of 1 and no queue under this queue model"
+        return f"{name} needs TTFT {self.ttft_s * 1e3:.4g} ms and ITL {self.itl_s * 1e3:.4g} ms when idle"
+
+
+def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
+    """For each server the pairs to size, or the reason why there are none."""
+    accelerators = {a.name: a for a in spec.accelerators}
+    classes = {c.name: c for c in spec.service_classes}
+    profiles: dict[str, list[LatencyProfile]] = {}
+    for profile in spec.profiles:
+        profiles.setdefault(profile.model, []).append(profile)
+
+    def pairs(server: ServerSpec) -> list[_Pair] | str:
+        service = classes.get(server.service_class)
+        if service is None:
+            return f"its service class {server.service_class!r} is not defined; define it or correct the name"
+        targets = service.targets.get(server.model)
+        if targets is None:
+            return f"class {service.name!r} has no targets for model {server.model!r}; add them"
+        if server.demand.arrival_rps and not server.demand.input_tokens + server.demand.output_tokens:
+            return f"its load of {server.demand.arrival_rps:g} requests/s has no token counts; state them"
+        known = [p for p in profiles.get(server.model, ()) if p.known and p.accelerator in accelerators]
+        if server.keep_accelerator and server.current.accelerator:
+            known = [p for p in known if p.accelerator == server.current.accelerator]
+        if not known:
+            kept = f" that it is to keep ({server.current.accelerator!r})" if server.keep_accelerator else ""
+            return f"model {server.model!r} has no latency profile on any accelerator{kept}; measure one (flyball fit)"
+        return [_Pair(server, accelerators[p.accelerator], p, targets) for p in known]
+
+    return [pairs(server) for server in spec.servers]
+
+
+def _settle(server: ServerSpec, answers: Sequence[Candidate | _TooSlow]) -> tuple[tuple[Candidate, ...], str]:
+    """A server's candidates in order, or why it has none."""
+    candidates = [a for a in answers if isinstance(a, Candidate)]
+    if candidates:
+        return tuple(sorted(candidates, key=lambda c: (c.value, c.allocation.cost_per_h, c.allocation.accelerator))), ""
+    nearest = min((a for a in answers if isinstance(a, _TooSlow)), key=lambda a: (a.excess, a.pair.accelerator.name))
+    targets = nearest.pair.targets
+    wanted = " and ".join(
+        f"{name} <= {limit * 1e3:g} ms" for name, limit in (("TTFT", targets.ttft_s), ("ITL", targets.itl_s)) if limit
+    )
+    return (), (
+        f"no accelerator keeps {wanted} for model {server.model!r} at {server.demand.input_tokens:g} tokens in, "
+        f"{server.demand.output_tokens:g} out: {nearest}; relax the targets or add a faster accelerator"
+    )
+
+
+def _size(pairs: Sequence[_Pair], model: str | None) -> list[Candidate | _TooSlow]:
+    """Size all pairs, together those that share a queue model and a rule for the batch."""
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault((model or pair.profile.queue_model, pair.batch == 0), []).append(index)
+    answers: dict[int, Candidate | _TooSlow] = {}
+    for (name, search), members in groups.items():
+        answers.update(zip(members, _size_alike(queue_model(name), [pairs[i] for i in members], search), strict=True))
+    return [answers[index] for index in range(len(pairs))]
+
+
+def _size_alike(model: QueueModel, pairs: Sequence[_Pair], search: bool) -> list[Candidate | _TooSlow]:
+    """Size pairs under one queue model, with their own batch limits or with the best ones under their ceilings."""
+    demands = [p.server.demand for p in pairs]
+    replicas = Replicas.of(
+        alpha_s=[p.profile.alpha_s for p in pairs],
+        beta_s=[p.profile.beta_s for p in pairs],
+        gamma_s=[p.profile.gamma_s for p in pairs],
+        input_tokens=[d.input_tokens for d in demands],
+        output_tokens=[d.output_tokens if d.input_tokens else max(d.output_tokens, 1.0) for d in demands],
+        max_batch=[p.batch or p.profile.max_batch or BATCH_CEILING for p in pairs],
+        max_queue=[p.server.max_queue for p in pairs],
+        max_step_tokens=[p.profile.max_step_tokens for p in pairs],
+    )
+    goals = Goals.of(
+        len(pairs),
+        ttft_s=[p.targets.ttft_s or math.inf for p in pairs],
+        itl_s=[p.targets.itl_s or math.inf for p in pairs],
+        stable=[p.targets.output_tps is not None for p in pairs],
+    )
+    if search:
+        best = optimal_batch(model, replicas, goals)
+        replicas, sized = dataclasses.replace(replicas, max_batch=best.batch), best.sized
+    else:
+        sized = size_replicas(model, replicas, goals)
+    per_replica = sized.metrics.throughput_rps
+    rates = np.array([p.rate_rps for p in pairs])
+    least = np.array([p.server.min_replicas for p in pairs])
+    counts = np.maximum(np.ceil(rates / np.where(sized.feasible, per_replica, np.inf)), least)
+    seen = analyze_replicas(model, replicas, rates / np.maximum(counts, 1))
+    numbers = zip(
+        counts.astype(int).tolist(), replicas.max_batch.tolist(), seen.ttft_s.tolist(), seen.itl_s.tolist(),
+        seen.utilization.tolist(), seen.loss.tolist(), (counts * per_replica).tolist(), strict=True,
+    )  # fmt: skip
+    idle = zip(sized.feasible.tolist(), sized.idle_ttft_s.tolist(), sized.idle_itl_s.tolist(), strict=True)
+    return [
+        _candidate(pair, *number) if feasible else _TooSlow(pair, ttft_s, itl_s)
+        for pair, number, (feasible, ttft_s, itl_s) in zip(pairs, numbers, idle, strict=True)
+    ]
+
+
+def _candidate(
+    pair: _Pair, replicas: int, batch: int, ttft_s: float, itl_s: float, utilization: float, loss: float, rps: float
+) -> Candidate:
+    if replicas == 0:
+        allocation = Allocation(max_batch=0, ttft_s=0.0, itl_s=0.0)
+        return Candidate(allocation=allocation, value=transition_value(pair.server.current, allocation))
+    each = pair.profile.accelerators
+    allocation = Allocation(
+        accelerator=pair.accelerator.name,
+        replicas=replicas,
+        cost_per_h=pair.accelerator.cost_per_h * each * replicas,
+        max_batch=batch,
+        ttft_s=ttft_s,
+        itl_s=itl_s,
+        utilization=utilization,
+        loss=loss,
+        capacity_rps=rps,
+    )
+    return Candidate(
+        allocation=allocation,
+        type=pair.accelerator.type,
+        cards=pair.accelerator.units * each * replicas,
+        value=transition_value(pair.server.current, allocation),
+    )

@@ -1,0 +1,47 @@
+"""Solvers choose one candidate for each server. They share one interface, and are chosen by name.
+
+A third party adds one through the entry point group `flyball.solvers`: a name, and a function like `Solver`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Protocol, cast
+
+from flyball.core.errors import InvalidInput
+from flyball.planner.problem import Candidate, Problem
+
+_GROUP = "flyball.solvers"
+_BUILT_IN = {"unlimited": "flyball.planner.solvers.unlimited:solve"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A candidate for each choice of a problem, in its order; None, with a reason, where there is none."""
+
+    chosen: tuple[Candidate | None, ...]
+    reasons: tuple[str, ...]  # "" where a candidate was chosen
+    bound: float  # no solution of the same servers has a smaller value
+
+
+class Solver(Protocol):
+    """A way to choose. It depends on nothing but its arguments, and not on the order of the choices."""
+
+    def __call__(self, problem: Problem, *, time_limit_s: float) -> Solution:
+        """Choose within the time limit; the best solution found counts, with a bound that says how good it is."""
+        ...
+
+
+def solver(name: str) -> Solver:
+    """The solver of this name, ours or a plug-in's."""
+    target = _BUILT_IN.get(name)
+    if target is not None:
+        module, attribute = target.split(":")
+        return cast("Solver", getattr(importlib.import_module(module), attribute))
+    found = {point.name: point for point in entry_points(group=_GROUP)}
+    if name not in found:
+        known = ", ".join((*_BUILT_IN, *found))
+        raise InvalidInput(f"unknown solver {name!r}; use one of {known}, or install a package that provides it")
+    return cast("Solver", found[name].load())
