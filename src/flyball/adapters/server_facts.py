@@ -58,7 +58,8 @@ def _model_card(reply: httpx.Response, url: str, model: str | None) -> Mapping[s
             "OpenAI-compatible server with --url, and its key with --api-key if it asks for one"
         )
     try:
-        cards: dict[str, dict[str, object]] = {str(card["id"]): card for card in reply.json()["data"]}
+        listed: list[dict[str, object]] = reply.json()["data"]
+        cards = {card["id"]: card for card in listed if isinstance(card["id"], str)}
     except (ValueError, KeyError, TypeError):
         cards = {}
     if not cards:

@@ -52,6 +52,6 @@ class VirtualClock:
 
     def advance(self, seconds: float) -> None:
         """Move forward; time never goes back."""
-        if seconds < 0:
+        if not seconds >= 0:  # so written, NaN fails too
             raise ValueError(f"cannot move a clock by {seconds} s; time only goes forward")
         self._now_s += seconds
