@@ -1,0 +1,107 @@
+"""Failures as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` and a fitting status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from flyball.core.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    FlyballError,
+    InvalidInput,
+    InvalidKnob,
+    QueueFull,
+    VersionConflict,
+)
+
+
+class ApiError(FlyballError):
+    """A refusal that knows its HTTP status, and which field it is about."""
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+
+_STATUS: tuple[tuple[type[FlyballError], int, str], ...] = (  # the first that fits
+    (ContextLengthExceeded, 400, "context_length_exceeded"),
+    (QueueFull, 429, "queue_full"),
+    (InvalidKnob, 400, "invalid_knob"),
+    (VersionConflict, 412, "version_conflict"),
+    (InvalidInput, 400, "invalid_value"),
+    (EngineFailed, 503, "engine_failed"),
+)
+
+
+def classify(error: Exception) -> ApiError:
+    """The HTTP face of an error; what nobody foresaw becomes a 500 that tells the client nothing of our insides."""
+    if isinstance(error, ApiError):
+        return error
+    for kind, status, code in _STATUS:
+        if isinstance(error, kind):
+            return ApiError(status, str(error), code=code)
+    return ApiError(500, "internal server error; the server's log says more", code="internal_error")
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """OpenAI's error object."""
+    api = classify(error)
+    return {"error": {"message": str(api), "type": _type(api.status), "param": api.param, "code": api.code}}
+
+
+def _type(status: int) -> str:
+    if status >= 500:
+        return "server_error"
+    return {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
+        status, "invalid_request_error"
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of an app in this form."""
+
+    async def flyball_error(_request: Request, error: Exception) -> JSONResponse:
+        api = classify(error)
+        headers = {"www-authenticate": "Bearer"} if api.status == 401 else None
+        return JSONResponse(error_body(api), api.status, headers)
+
+    async def bad_body(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        api = _bad_field(error)
+        return JSONResponse(error_body(api), api.status)
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}; see /openapi.json for what there is"
+        api = ApiError(error.status_code, message, code=str(error.detail).lower().replace(" ", "_"))
+        return JSONResponse(error_body(api), api.status, error.headers)
+
+    async def nobody_there(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)  # nginx's code for a client that left; only our own log sees it
+
+    app.add_exception_handler(ClientDisconnect, nobody_there)
+    app.add_exception_handler(FlyballError, flyball_error)
+    app.add_exception_handler(RequestValidationError, bad_body)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, flyball_error)
+
+
+def _bad_field(error: RequestValidationError) -> ApiError:
+    """The first thing wrong with a body, in one sentence that names the field."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+    field = next((str(part) for part in first["loc"][1:]), None)
+    same = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]  # one for each form it could have had
+    reasons = "; or ".join(dict.fromkeys(str(one["msg"]) for one in same))
+    return ApiError(400, f"{field or 'the body'}: {reasons}", code="invalid_value", param=field)
