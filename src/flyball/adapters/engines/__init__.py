@@ -1,0 +1,1 @@
+"""Engines that can be tuned, each behind `core.ports.Target`."""
