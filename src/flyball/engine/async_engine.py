@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ class AsyncEngine:
         self._core = EngineCore(config, seed=seed)
         self.config = self._core.config
         self.model_name = model_name or config.model.resolve().name
-        self.max_model_len = self._core.max_model_len
+        self.max_model_len = min(self._core.max_model_len, self._core.runner.num_blocks * config.block_size)
         self.vocab_size = self._core.runner.shape.vocab_size
         self.tokenizer: Any = self._core.tokenizer
         self.space: Space = self._core.space
@@ -81,7 +81,7 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         salt: bytes = b"",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Serve one request, one output a step; closing the iterator frees its blocks at the next step boundary.
 
         Raises InvalidInput or ContextLengthExceeded before the first output, EngineFailed whenever the engine is gone.
@@ -94,7 +94,11 @@ class AsyncEngine:
             self._core.add(rid, prompt_ids, params, salt)
             self._streams[rid] = (loop, stream)
 
-        await self._call(add)
+        try:
+            await self._call(add)
+        except asyncio.CancelledError:
+            self.abort(rid)  # the engine may have taken it already
+            raise
         done = False
         try:
             while not done:
@@ -139,6 +143,8 @@ class AsyncEngine:
         answer: Future[_T] = Future()
 
         def run() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # the caller went away
             try:
                 answer.set_result(command())
             except FlyballError as error:
