@@ -14,7 +14,7 @@ import asyncio
 import errno
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -53,6 +53,7 @@ class Arrival:
 
 
 _ONE_TOKEN = Arrival(1)
+_decode = json.JSONDecoder().decode  # json.loads would look for the encoding of every event again
 
 
 class Sender(Protocol):
@@ -201,9 +202,11 @@ class HttpSender:
             async with self._session.post(self._url, data=body) as response:
                 await _check_status(response)
                 began = True
-                async with aclosing(_arrivals(response.content)) as arrivals:
-                    async for arrival in arrivals:
+                events = _Events()
+                while data := await response.content.readany():
+                    for arrival in events.feed(data):
                         yield arrival
+                events.end()
         except (aiohttp.ClientError, OSError) as error:
             if isinstance(error, TimeoutError):
                 raise
@@ -227,42 +230,51 @@ def _kind(error: Exception, *, began: bool) -> str:
     return "truncated" if began else "connection"
 
 
-async def _arrivals(content: aiohttp.StreamReader) -> AsyncGenerator[Arrival, None]:
-    """Read server-sent events; all that one read brings has arrived at one time."""
-    tail, seen, done = b"", 0, False
-    async for data in content.iter_any():
-        *lines, tail = (tail + data).split(b"\n")
+class _Events:
+    """Reads server-sent events; all that one read from the socket brings has arrived at one time."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._seen = 0  # tokens so far
+        self._done = False
+
+    def feed(self, data: bytes) -> Iterator[Arrival]:
+        """What the new data tells."""
+        *lines, self._tail = (self._tail + data).split(b"\n")
         for line in lines:
             if not line.startswith(b"data:"):
                 continue
             payload = line[5:].strip()
             if payload == b"[DONE]":
-                done = True
-            elif arrival := _arrival(payload, seen):
-                seen += arrival.tokens
+                self._done = True
+            elif arrival := self._arrival(payload):
+                self._seen += arrival.tokens
                 yield arrival
-    if not done:
-        raise RequestFailed("truncated", "the stream ended before its [DONE]")
 
+    def end(self) -> None:
+        """Raise unless the stream said that it was over."""
+        if not self._done:
+            raise RequestFailed("truncated", "the stream ended before its [DONE]")
 
-def _arrival(payload: bytes, seen: int) -> Arrival | None:
-    """What one event tells; an event of text whose tokens are not listed counts as one token."""
-    try:
-        event = json.loads(payload)
-        if "error" in event:
-            raise RequestFailed("stream_error", str(event["error"])[:500])
-        choices, usage = event.get("choices"), event.get("usage")
-        tokens = _new_tokens(choices[0]) if choices else 0
-        if usage is None:
-            return _ONE_TOKEN if tokens == 1 else Arrival(tokens) if tokens else None
-        counted = int(usage["completion_tokens"])
-        late = 1 if counted and not seen and not tokens else 0  # every token was silent: the last is known to be here
-        return Arrival(tokens + late, int(usage["prompt_tokens"]), counted)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise RequestFailed("malformed", f"{payload[:200]!r}: {error}") from None
+    def _arrival(self, payload: bytes) -> Arrival | None:
+        try:
+            event = _decode(payload.decode())
+            if event.get("error"):
+                raise RequestFailed("stream_error", str(event["error"])[:500])
+            choices, usage = event.get("choices"), event.get("usage")
+            tokens = _new_tokens(choices[0]) if choices else 0
+            if usage is None:
+                return _ONE_TOKEN if tokens == 1 else Arrival(tokens) if tokens else None
+            counted = int(usage["completion_tokens"])
+            if counted and not self._seen:  # no event showed a token: they are here by now
+                tokens = tokens or 1
+            return Arrival(tokens, int(usage["prompt_tokens"]), counted)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise RequestFailed("malformed", f"{payload[:200]!r}: {error}") from None
 
 
 def _new_tokens(choice: dict[str, object]) -> int:
+    """Tokens in one event; where their ids are not listed, some text counts as one."""
     token_ids = choice.get("token_ids")
     if isinstance(token_ids, list):
         return len(token_ids)
