@@ -1,0 +1,309 @@
+"""O15, O16: the server with a real engine behind it, over a real socket, driven by the official OpenAI client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoTokenizer
+
+from flyball.engine.async_engine import AsyncEngine
+from flyball.engine.config import EngineConfig
+from flyball.server.app import create_app
+
+Serve = Callable[..., str]
+
+
+def tiny_engine(checkpoint: Path, **settings: Any) -> AsyncEngine:
+    """An engine over the tiny checkpoint."""
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 128} | settings
+    return AsyncEngine(EngineConfig(model=checkpoint, dtype="float32", **sizes), model_name="tiny", seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path) -> AsyncEngine:
+    """The engine that most tests share."""
+    return tiny_engine(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def url(serve: Serve, engine: AsyncEngine) -> str:
+    """Where it is served."""
+    return serve(create_app(engine))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Any:
+    """The checkpoint's own."""
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    """The official client; it does not retry, so that failures are seen."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    """Wait for something that the engine does on its own thread."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
+
+
+def test_a_completion_is_the_engines_greedy_answer(client: openai.OpenAI, tokenizer: Any) -> None:
+    """Whole and streamed, text or ids: one and the same answer, with true usage."""
+    prompt = "the cat sat on"
+    ids = tokenizer(prompt)["input_ids"]
+    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 20, "temperature": 0}
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    whole = client.completions.create(prompt=prompt, extra_body=extra, **ask)
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 20)
+    assert whole.choices[0].finish_reason == "length"
+    told = whole.choices[0].model_dump()["token_ids"]
+    assert whole.choices[0].text == tokenizer.decode(told, skip_special_tokens=True)
+    chunks = list(
+        client.completions.create(
+            prompt=ids, stream=True, stream_options={"include_usage": True}, extra_body=extra, **ask
+        )
+    )
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert [i for c in chunks if c.choices for i in c.choices[0].model_dump()["token_ids"]] == told
+    assert len(chunks) == 20 + 1
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 20
+
+
+def test_a_chat_is_answered_whole_and_streamed(client: openai.OpenAI, tokenizer: Any) -> None:
+    """The prompt is the model's own template; both ways give the same words."""
+    messages: Any = [{"role": "system", "content": "go"}, {"role": "user", "content": "the cat"}]
+    ask: dict[str, Any] = {"model": "tiny", "messages": messages, "max_completion_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**ask)
+    assert whole.choices[0].message.role == "assistant"
+    templated = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(tokenizer(templated, add_special_tokens=False)["input_ids"])
+    chunks = list(client.chat.completions.create(stream=True, **ask))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_seed_repeats_an_answer_whatever_runs_beside_it(client: openai.OpenAI) -> None:
+    """Alone or among others, the seeded sample is the same; another seed gives another."""
+
+    def ask(seed: int | None) -> str:
+        answer = client.completions.create(
+            model="tiny", prompt="the dog", max_tokens=24, temperature=1.0, seed=seed, extra_body={"ignore_eos": True}
+        )
+        return answer.choices[0].text
+
+    alone = ask(11)
+    with ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(ask, None) for _ in range(5)]
+        assert pool.submit(ask, 11).result() == alone
+        assert len({alone, *(other.result() for other in others)}) > 1
+    assert ask(12) != alone
+
+
+def test_a_stop_string_across_chunks_ends_the_stream_and_the_request(
+    client: openai.OpenAI, engine: AsyncEngine
+) -> None:
+    """Take a stop string from the middle of a known answer: the stream ends just before it and frees its blocks."""
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "the cat sat", "temperature": 0}
+    extra = {"ignore_eos": True}
+    text = client.completions.create(max_tokens=60, extra_body=extra, **ask).choices[0].text
+    stop = text[10:14]
+    assert len(stop) == 4
+    assert stop.isprintable()
+    cut = text[: text.index(stop)]
+    chunks = list(client.completions.create(max_tokens=400, stop=stop, stream=True, extra_body=extra, **ask))
+    assert "".join(c.choices[0].text for c in chunks) == cut
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    until(lambda: engine.stats().blocks_used == 0, "blocks of a stopped request are still held")
+
+
+def test_many_prompts_and_many_clients(client: openai.OpenAI) -> None:
+    """Several prompts in one request, from several clients at once: each choice as if it were alone."""
+    prompts = ["the cat", "the dog said", "go", "on the mat"]
+    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+    alone = [client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(client.completions.create, prompt=prompts, **ask) for _ in range(6)]
+        for answer in answers:
+            assert [choice.text for choice in answer.result().choices] == alone
+
+
+def test_errors_are_the_clients_own_types(client: openai.OpenAI) -> None:
+    """The official client turns our refusals into its exceptions, with our code and sentence."""
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model="tiny", prompt="the cat", max_tokens=5000)
+    assert too_long.value.code == "context_length_exceeded"
+    assert "512" in too_long.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="the cat")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], n=3, stream=True)
+    assert refused.value.param == "n"
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt=[10**6])
+    (card,) = client.models.list().data
+    assert (card.id, card.model_dump()["max_model_len"]) == ("tiny", 512)
+
+
+def test_metrics_equal_what_the_script_did(serve: Serve, tiny_checkpoint: Path, tokenizer: Any) -> None:
+    """O16: a scripted run on a fresh server; every counter is the script's own count."""
+    engine = tiny_engine(tiny_checkpoint, block_size=4)
+    base = serve(create_app(engine))
+    prompt = "the cat sat on the mat; the dog said"
+    length = len(tokenizer(prompt)["input_ids"])
+    with openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client:
+        cached = 0
+        for tokens in (1, 7, 30):
+            answer = client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, extra_body={"ignore_eos": True}
+            )
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens_details is not None
+            cached += answer.usage.prompt_tokens_details.cached_tokens or 0
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="tiny", prompt=prompt, max_tokens=5000)
+    assert cached == 2 * ((length - 1) // 4 * 4)  # the second and third found all full blocks but the last token's
+    seen = {}
+    for family in text_string_to_metric_families(httpx.get(f"{base}/metrics").text):
+        for sample in family.samples:
+            seen[sample.name, *sample.labels.values()] = sample.value
+    assert seen["engine_request_success_total", "length"] == 3
+    assert seen["engine_generation_tokens_total",] == 38
+    assert seen["engine_prompt_tokens_total", "cached"] == cached
+    assert seen["engine_prompt_tokens_total", "computed"] == 3 * length - cached
+    assert seen["engine_prefix_cache_queries_tokens_total",] == 3 * length
+    assert seen["engine_prefix_cache_hits_tokens_total",] == cached
+    assert seen["engine_time_to_first_token_seconds_count",] == 3
+    assert seen["engine_inter_token_latency_seconds_count",] == 38 - 3
+    assert seen["engine_num_preemptions_total",] == 0
+    assert seen["engine_num_requests_running",] == seen["engine_num_requests_waiting",] == 0
+    assert seen["engine_kv_blocks", "used"] == 0
+    assert seen["engine_kv_blocks", "cached"] + seen["engine_kv_blocks", "free"] == 128
+    assert seen["engine_step_duration_seconds_count",] == engine.stats().step
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve: Serve, tiny_checkpoint: Path, stream: bool) -> None:
+    """O15: after the disconnect the engine takes at most one more step for the request, and holds no block."""
+    engine = tiny_engine(tiny_checkpoint)
+    base = serve(create_app(engine))
+    steps_after: list[int] = []
+    drop = engine.abort
+
+    def spy(request_id: str) -> None:
+        steps_after.append(engine.stats().step)
+        drop(request_id)
+
+    engine.abort = spy  # type: ignore[method-assign]  # observes only: the call goes through
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = {"prompt": "the cat", "max_tokens": 500, "ignore_eos": True, "stream": stream}
+            async with client.stream("POST", f"{base}/v1/completions", json=body) as response:
+                await anext(response.aiter_lines())
+
+    async def go() -> None:
+        task = asyncio.create_task(leave())
+        if not stream:
+            while engine.stats().running == 0:
+                await asyncio.sleep(0.001)
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(go())
+    until(lambda: bool(steps_after), "the disconnect never reached the engine")
+    until(lambda: engine.stats().running == 0, "the request still runs")
+    stats = engine.stats()
+    assert stats.blocks_used == 0
+    assert stats.finished == {"abort": 1}
+    assert stats.step <= steps_after[0] + 1
+    assert stats.step < 490
+    assert 'finished_reason="abort"} 1.0' in httpx.get(f"{base}/metrics").text
+
+
+def test_clients_that_leave_at_any_moment_harm_nobody(serve: Serve, tiny_checkpoint: Path) -> None:
+    """Cancelled before, while and after the engine takes them: nothing leaks, and the others get their answers."""
+    engine = tiny_engine(tiny_checkpoint)
+    base = serve(create_app(engine))
+
+    async def go() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+
+            async def ask(stream: bool) -> int:
+                body = {"prompt": "the cat", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stream": stream}
+                return (await client.post(f"{base}/v1/completions", json=body)).status_code
+
+            tasks = [asyncio.create_task(ask(stream=i % 2 == 0)) for i in range(60)]
+            for i, task in enumerate(tasks):
+                await asyncio.sleep(0.002)
+                if i % 3:
+                    task.cancel()
+            kept = [await task for i, task in enumerate(tasks) if i % 3 == 0]
+            assert kept == [200] * 20
+
+    asyncio.run(go())
+    until(lambda: engine.stats().running + engine.stats().waiting == 0, "requests were left behind")
+    assert engine.error is None
+    assert engine.stats().blocks_used == 0
+
+
+def test_the_policy_changes_under_load_and_answers_do_not(client: openai.OpenAI, url: str) -> None:
+    """O17: PATCH between any two steps; all or nothing; greedy answers stay what they were."""
+    ask: dict[str, Any] = {"model": "tiny", "max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    prompts = ["the cat", "the dog said: stop", "go on", "mat"]
+    alone = {prompt: client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in prompts}
+    version = httpx.get(f"{url}/v1/config").json()["version"]
+    with ThreadPoolExecutor(8) as pool:
+        answers = [(prompt, pool.submit(client.completions.create, prompt=prompt, **ask)) for prompt in prompts * 6]
+        for knobs in ({"max_num_seqs": 1}, {"max_num_batched_tokens": 8, "max_num_seqs": 2}, {"max_wait_ms": 3}):
+            answer = httpx.patch(f"{url}/v1/config", json=knobs, headers={"if-match": str(version)})
+            version += 1
+            assert answer.json()["version"] == version
+            bad = httpx.patch(f"{url}/v1/config", json={"max_wait_ms": 50, "max_num_seqs": 99})
+            assert bad.status_code == 400
+        for prompt, answer in answers:
+            assert answer.result().choices[0].text == alone[prompt]
+    values = httpx.get(f"{url}/v1/config").json()
+    assert values["version"] == version
+    assert (values["values"]["max_wait_ms"], values["values"]["max_num_seqs"]) == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_engine_threads_death_is_told_to_everyone(serve: Serve, tiny_checkpoint: Path) -> None:
+    """O15: streams get an error event, new requests 503, and readiness is gone."""
+    engine = tiny_engine(tiny_checkpoint)
+    base = serve(create_app(engine))
+    with openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="tiny", prompt="the", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+
+        def burn() -> None:
+            raise MemoryError("no more")
+
+        engine._inbox.put(burn)  # what a failing step does to the thread
+        with pytest.raises(openai.APIError, match="no more"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(model="tiny", prompt="the")
+        assert refused.value.status_code == 503
+    assert httpx.get(f"{base}/health/ready").status_code == 503
+    assert httpx.get(f"{base}/health").status_code == 503
