@@ -47,9 +47,11 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import bench, train_tiny
+    from flyball.cli import bench, plan, serve, train_tiny
 
     app.command("bench")(bench.run)
+    app.command("plan")(plan.run)
+    app.command("serve")(serve.run)
     app.command("train-tiny")(train_tiny.run)
 
 

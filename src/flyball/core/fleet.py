@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flyball.core.errors import InvalidInput
 
@@ -148,6 +148,10 @@ class ServerSpec:
         _check(owner, min_replicas=self.min_replicas, max_batch=self.max_batch, max_queue=self.max_queue)
 
 
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
 def _named(kind: str, names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
@@ -172,6 +176,30 @@ class FleetSpec:
         _named("profile", (f"{p.model} on {p.accelerator}" for p in self.profiles))
         _named("service class", (c.name for c in self.service_classes))
         _named("server", (s.name for s in self.servers))
+
+    def with_profile(self, fitted: LatencyProfile) -> FleetSpec:
+        """The same fleet with a measured profile in place of what was stated for its model and accelerator.
+
+        The number of accelerators a replica takes stays as stated. A pair the spec has no profile for gains one.
+        """
+        owner = f"the profile of {fitted.model!r} on {fitted.accelerator!r}"
+        names = {a.name for a in self.accelerators}
+        if fitted.accelerator not in names:
+            raise InvalidInput(
+                f"{owner} does not fit the spec, whose accelerators are {_list(names)}; add or rename one"
+            )
+        models = {p.model for p in self.profiles} | {s.model for s in self.servers}
+        if fitted.model not in models:
+            raise InvalidInput(f"{owner} does not fit the spec, whose models are {_list(models)}; add or rename one")
+        stated = {(p.model, p.accelerator): p for p in self.profiles}
+        old = stated.get((fitted.model, fitted.accelerator))
+        stated[fitted.model, fitted.accelerator] = replace(
+            fitted,
+            max_batch=fitted.max_batch or (old.max_batch if old else 0),
+            at_tokens=fitted.at_tokens if fitted.max_batch or old is None else old.at_tokens,
+            accelerators=old.accelerators if old else fitted.accelerators,
+        )
+        return replace(self, profiles=tuple(stated.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Queue model v3: one replica that batches continuously and prefills in chunks.
 
-An engine step takes alpha + beta * tokens computed + gamma * tokens of KV cache read. A request of n tokens in and m out
-passes c prefill steps and d decode steps, and adds delta seconds of work to each. From the time that a full life takes
-in a batch of B follows a service rate for every B, and with Poisson arrivals a birth-death chain (`numerics.markov`).
+An engine step takes alpha + beta * tokens computed + gamma * tokens of KV cache read. A request of n tokens in and m
+out passes c prefill steps and d decode steps, and adds delta seconds of work to each. From the time that a whole life
+takes in a batch of B follows a service rate for every B; with Poisson arrivals, a birth-death chain (`numerics.markov`).
 The equations are those of llm-inferno's queue-analysis (design notes: docs/theory/queueing.md).
 
 symbol   shape   meaning                                                      unit
@@ -129,7 +129,8 @@ class _V3Queues:
         exists = batch <= servers[:, None]
 
         def largest(fits: NDArray[np.bool_]) -> Ints:
-            return np.maximum(((fits & exists) * batch).max(axis=1), 1).astype(np.int64)
+            most: Floats = ((fits & exists) * batch).max(axis=1)
+            return np.maximum(most, 1).astype(np.int64)
 
         return largest(itl <= itl_s[:, None]), largest(prefill <= prefill_s[:, None])
 
@@ -156,10 +157,8 @@ class _V3:
         batch = np.arange(1.0, r.max_batch.max() + 1)[None, :]
         mu = life.rates(batch)
         rows = np.arange(len(r))
-        if self.compat:
-            best = r.max_batch
-        else:
-            best = 1 + np.argmax(np.where(batch <= r.max_batch[:, None], mu, 0.0), axis=1)
+        within = np.where(batch <= r.max_batch[:, None], mu, 0.0)
+        best = r.max_batch if self.compat else 1 + np.argmax(within, axis=1)
         capacity = mu[rows, best - 1]
         return _V3Queues(
             compat=self.compat,

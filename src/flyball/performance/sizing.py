@@ -20,7 +20,9 @@ SAFETY = 0.1  # share of the largest rate kept free where a queue must be stable
 _TOLERANCE = 1e-6  # relative, in the target
 _NARROW = 1e-12  # relative width at which a bracket around a jump is given up
 _BLOCK = 1 << 15  # states a block of replicas may hold: what stays in the processor's cache
-_GIVEN_AWAY = 0.02  # of the throughput at the batch ceiling, twice what the search may lose (paper of OptimalConcurrency)
+_GIVEN_AWAY = (
+    0.02  # of the throughput at the batch ceiling, twice what the search may lose (paper of OptimalConcurrency)
+)
 _PROBES = 6
 
 Bools = NDArray[np.bool_]
@@ -35,7 +37,9 @@ class Goals:
     stable: Bools  # a throughput is promised, so keep SAFETY free
 
     @classmethod
-    def of(cls, count: int, *, ttft_s: ArrayLike = np.inf, itl_s: ArrayLike = np.inf, stable: ArrayLike = False) -> Goals:
+    def of(
+        cls, count: int, *, ttft_s: ArrayLike = np.inf, itl_s: ArrayLike = np.inf, stable: ArrayLike = False
+    ) -> Goals:
         """Numbers or arrays, brought to one length."""
         ttft, itl = (np.broadcast_to(np.asarray(v, dtype=np.float64), (count,)) for v in (ttft_s, itl_s))
         return cls(ttft, itl, np.broadcast_to(np.asarray(stable, dtype=np.bool_), (count,)))
@@ -77,15 +81,19 @@ def size(queues: Queues, goals: Goals) -> Sized:
     targets = np.stack((goals.ttft_s, goals.itl_s), axis=1)
     ends = _seen(queues, np.stack((low, high), axis=1))  # [C, end, target]
     at_low, at_high = ends[:, 0], ends[:, 1]
-    slack = targets * (1 + _TOLERANCE)
-    rates = np.where(at_low <= slack, low[:, None], np.nan)
-    rates = np.where(at_high <= slack, high[:, None], rates)
-    between = (at_low < targets) & (at_high > slack)
-    if queues.compat:  # the original looks at the lower end first, and stays where it just meets the target
-        met = np.isfinite(targets) & (at_low >= targets * (1 - _TOLERANCE))
-        rates, between = np.where(met & (at_low <= slack), low[:, None], rates), between & ~met
+    margin = np.where(np.isfinite(targets), targets, 0.0) * _TOLERANCE
+    # The original takes a latency that falls with load (a batch of 1: a little) as a target to stay above.
+    sign = np.where(queues.compat & np.isfinite(targets) & (at_low * (1 - _TOLERANCE) > at_high), -1.0, 1.0)
+    at_low_signed, at_high_signed, wanted = at_low * sign, at_high * sign, targets * sign
+    rates = np.where(at_low_signed <= wanted + margin, low[:, None], np.nan)
+    rates = np.where(at_high_signed <= wanted + margin, high[:, None], rates)
+    between = (at_low_signed < wanted) & (at_high_signed > wanted + margin)
+    if queues.compat:  # and it looks at the lower end first, and stays where that just meets the target
+        met = np.abs(at_low - np.where(np.isfinite(targets), targets, np.inf)) <= margin
+        rates, between = np.where(met, low[:, None], rates), between & ~met
     if (rows := np.flatnonzero(between.any(axis=1))).size:
-        rates[rows] = np.where(between[rows], _bisect(queues.take(rows), targets[rows], between[rows]), rates[rows])
+        narrowed = _bisect(queues.take(rows), wanted[rows], sign[rows], margin[rows], between[rows])
+        rates[rows] = np.where(between[rows], narrowed, rates[rows])
     stable = np.where(goals.stable, high * (1 - SAFETY), high)
     best = np.minimum(rates.min(axis=1), stable)
     best[~np.isfinite(at_low).all(axis=1)] = np.nan
@@ -98,17 +106,17 @@ def _seen(queues: Queues, rates: Floats) -> Floats:
     return np.stack((metrics.ttft_s, metrics.itl_s), axis=2)
 
 
-def _bisect(queues: Queues, targets: Floats, between: Bools) -> Floats:
+def _bisect(queues: Queues, wanted: Floats, sign: Floats, margin: Floats, between: Bools) -> Floats:
     """Halve brackets [C, 2], one a target, whose lower end keeps the target and whose upper end does not."""
-    low = np.broadcast_to(queues.min_rate_rps[:, None], targets.shape)
-    high = np.broadcast_to(queues.max_rate_rps[:, None], targets.shape)
+    low = np.broadcast_to(queues.min_rate_rps[:, None], wanted.shape)
+    high = np.broadcast_to(queues.max_rate_rps[:, None], wanted.shape)
     going = between
     while going.any():
         middle = (low + high) / 2
-        seen = _seen(queues, middle)[:, [0, 1], [0, 1]]
-        kept = seen <= targets
+        seen = _seen(queues, middle)[:, [0, 1], [0, 1]] * sign
+        kept = seen <= wanted
         low, high = np.where(kept & going, middle, low), np.where(kept | ~going, high, middle)
-        going = going & ~(kept & (seen >= targets * (1 - _TOLERANCE))) & (high - low > _NARROW * high)
+        going = going & ~(kept & (seen >= wanted - margin)) & (high - low > _NARROW * high)
     return low
 
 

@@ -9,13 +9,12 @@ from flyball.planner.solvers import solver as solver_named
 TIME_LIMIT_S = 60.0
 
 
-def plan(
-    spec: FleetSpec, *, solver: str, queue_model: str | None = None, time_limit_s: float = TIME_LIMIT_S
-) -> FleetPlan:
+def plan(spec: FleetSpec, *, queue_model: str | None = None, time_limit_s: float = TIME_LIMIT_S) -> FleetPlan:
     """Choose accelerator, replicas and batch for every server.
 
     A server that cannot be served is named with its reason; the rest is planned all the same.
     """
+    solver = "unlimited" if spec.unlimited else "exact"
     problem = build(spec, queue_model)
     solution = solver_named(solver)(problem, time_limit_s=time_limit_s)
     allocations, unserved = {}, {}

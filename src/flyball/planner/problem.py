@@ -79,9 +79,8 @@ def build(spec: FleetSpec, model: str | None = None) -> Problem:
     priorities = {c.name: c.priority for c in spec.service_classes}
     choices = []
     for server, outcome in zip(spec.servers, outcomes, strict=True):
-        candidates, reason = (), outcome if isinstance(outcome, str) else ""
-        if not reason:
-            candidates, reason = _settle(server, [next(sized) for _ in outcome])
+        answers = () if isinstance(outcome, str) else [next(sized) for _ in outcome]
+        candidates, reason = ((), outcome) if isinstance(outcome, str) else _settle(server, answers)
         priority = priorities.get(server.service_class, LOWEST_PRIORITY)
         choices.append(Choice(server=server, priority=priority, candidates=candidates, reason=reason))
     return Problem(choices=tuple(choices), capacity=spec.capacity)
@@ -134,7 +133,7 @@ class _TooSlow:
 
 
 def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
-    """For each server the pairs to size, or the reason why there are none."""
+    """For each server the pairs to size, or the reason why it cannot be run; no pair where nothing need run."""
     accelerators = {a.name: a for a in spec.accelerators}
     classes = {c.name: c for c in spec.service_classes}
     profiles: dict[str, list[LatencyProfile]] = {}
@@ -148,6 +147,8 @@ def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
         targets = service.targets.get(server.model)
         if targets is None:
             return f"class {service.name!r} has no targets for model {server.model!r}; add them"
+        if not (server.demand.arrival_rps or targets.output_tps or server.min_replicas):
+            return []
         if server.demand.arrival_rps and not server.demand.input_tokens + server.demand.output_tokens:
             return f"its load of {server.demand.arrival_rps:g} requests/s has no token counts; state them"
         known = [p for p in profiles.get(server.model, ()) if p.known and p.accelerator in accelerators]
@@ -161,11 +162,20 @@ def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
     return [pairs(server) for server in spec.servers]
 
 
+def _order(candidate: Candidate) -> tuple[float, float, float, str]:
+    """Least value first; of equals the cheaper, then that of smaller replicas, which follow a load more closely."""
+    a = candidate.allocation
+    return candidate.value, a.cost_per_h, a.cost_per_h / max(a.replicas, 1), a.accelerator
+
+
 def _settle(server: ServerSpec, answers: Sequence[Candidate | _TooSlow]) -> tuple[tuple[Candidate, ...], str]:
     """A server's candidates in order, or why it has none."""
+    if not answers:
+        nothing = Allocation(max_batch=0, ttft_s=0.0, itl_s=0.0)
+        return (Candidate(allocation=nothing, value=transition_value(server.current, nothing)),), ""
     candidates = [a for a in answers if isinstance(a, Candidate)]
     if candidates:
-        return tuple(sorted(candidates, key=lambda c: (c.value, c.allocation.cost_per_h, c.allocation.accelerator))), ""
+        return tuple(sorted(candidates, key=_order)), ""
     nearest = min((a for a in answers if isinstance(a, _TooSlow)), key=lambda a: (a.excess, a.pair.accelerator.name))
     targets = nearest.pair.targets
     wanted = " and ".join(
@@ -231,9 +241,6 @@ def _size_alike(model: QueueModel, pairs: Sequence[_Pair], search: bool) -> list
 def _candidate(
     pair: _Pair, replicas: int, batch: int, ttft_s: float, itl_s: float, utilization: float, loss: float, rps: float
 ) -> Candidate:
-    if replicas == 0:
-        allocation = Allocation(max_batch=0, ttft_s=0.0, itl_s=0.0)
-        return Candidate(allocation=allocation, value=transition_value(pair.server.current, allocation))
     each = pair.profile.accelerators
     allocation = Allocation(
         accelerator=pair.accelerator.name,

@@ -14,7 +14,10 @@ from flyball.core.errors import InvalidInput
 from flyball.planner.problem import Candidate, Problem
 
 _GROUP = "flyball.solvers"
-_BUILT_IN = {"unlimited": "flyball.planner.solvers.unlimited:solve"}
+_BUILT_IN = {
+    "unlimited": "flyball.planner.solvers.unlimited:solve",
+    "exact": "flyball.planner.solvers.exact:solve",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,254 @@
+"""Fleet specs on disk, and plans as others read them.
+
+Three forms of a spec: llm-inferno's SystemData in one JSON file, a folder of their `*-data.json` files, and our own
+YAML (docs/guide/plan.md). Theirs count in milliseconds and requests per minute, accept keys in any case, take a missing
+value for zero and ignore what they do not know; ours is strict about names and states units in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flyball.adapters.fields import Fields, read_fields
+from flyball.core.errors import InvalidInput
+from flyball.core.fleet import (
+    LOWEST_PRIORITY,
+    Accelerator,
+    Demand,
+    FleetPlan,
+    FleetSpec,
+    LatencyProfile,
+    Placement,
+    ServerSpec,
+    ServiceClass,
+    Targets,
+)
+from flyball.core.slo import SloBound
+
+_MS = 1e-3
+_PER_MINUTE = 1 / 60
+_FILES = {  # of a folder: section of SystemData -> file
+    "acceleratorData": "accelerator-data.json",
+    "modelData": "model-data.json",
+    "serviceClassData": "serviceclass-data.json",
+    "serverData": "server-data.json",
+    "optimizerData": "optimizer-data.json",
+    "capacityData": "capacity-data.json",
+}
+_OPTIONAL = {"optimizerData", "capacityData"}
+DEFAULT_MAX_QUEUE = 128  # of our YAML: an engine queues what it cannot serve at once
+
+
+def read_fleet(path: Path) -> FleetSpec:
+    """The spec in a SystemData file, in a folder of `*-data.json` files, or in our YAML."""
+    if path.is_dir():
+        return _system(_folder(path))
+    fields = read_fields(path)
+    if "system" in fields:
+        return _system(fields.inside("system").inside)
+    if "servers" in fields:
+        return _ours(fields)
+    raise InvalidInput(
+        f"{path} has neither 'system' (llm-inferno's SystemData) nor 'servers' (our YAML); give a fleet spec"
+    )
+
+
+def _folder(path: Path) -> Callable[[str], Fields]:
+    def section(name: str) -> Fields:
+        file = path / _FILES[name]
+        if not file.is_file() and name in _OPTIONAL:
+            return Fields({}, str(file))
+        if not file.is_file():
+            raise InvalidInput(f"the folder {path} has no {_FILES[name]}; add it, or give one SystemData file")
+        return read_fields(file)
+
+    return section
+
+
+def _system(section: Callable[[str], Fields]) -> FleetSpec:
+    """SystemData, from a function that gives its sections."""
+    servers = tuple(_system_server(f) for f in section("serverData").each("servers"))
+    if not servers:
+        raise InvalidInput(f"{section('serverData').path} lists no servers; add at least one to plan for")
+    return FleetSpec(
+        accelerators=tuple(
+            Accelerator(
+                name=f.text("name", None),
+                type=f.text("type") or f.text("name"),
+                units=f.whole("multiplicity") or 1,
+                cost_per_h=f.number("cost"),
+            )
+            for f in section("acceleratorData").each("accelerators")
+        ),
+        profiles=tuple(_system_profile(f) for f in section("modelData").each("models")),
+        service_classes=tuple(
+            ServiceClass(
+                name=f.text("name", None),
+                priority=p if 1 <= (p := f.whole("priority", low=-1 << 31)) <= LOWEST_PRIORITY else LOWEST_PRIORITY,
+                targets={t.text("model", None): _system_targets(t) for t in f.each("modelTargets")},
+            )
+            for f in section("serviceClassData").each("serviceClasses")
+        ),
+        servers=servers,
+        capacity={f.text("type", None): f.whole("count") for f in section("capacityData").each("count")},
+        unlimited=section("optimizerData").inside("optimizer").flag("unlimited"),
+    )
+
+
+def _system_profile(f: Fields) -> LatencyProfile:
+    parameters = f.inside("perfParms")
+    return LatencyProfile(
+        model=f.text("name", None),
+        accelerator=f.text("acc", None),
+        alpha_s=parameters.number("alpha") * _MS,
+        beta_s=parameters.number("beta") * _MS,
+        gamma_s=parameters.number("gamma") * _MS,
+        max_batch=f.whole("maxBatchSize"),
+        at_tokens=f.whole("atTokens"),
+        accelerators=f.whole("accCount") or 1,
+    )
+
+
+def _system_targets(f: Fields) -> Targets:
+    return Targets(
+        ttft_s=f.number("slo-ttft") * _MS or None,
+        itl_s=f.number("slo-itl") * _MS or None,
+        output_tps=f.number("slo-tps") or None,
+    )
+
+
+def _system_server(f: Fields) -> ServerSpec:
+    current = f.inside("currentAlloc")
+    load = current.inside("load")
+    return ServerSpec(
+        name=f.text("name", None),
+        service_class=f.text("class"),
+        model=f.text("model"),
+        demand=Demand(
+            arrival_rps=load.number("arrivalRate") * _PER_MINUTE,
+            input_tokens=load.number("avgInTokens"),
+            output_tokens=load.number("avgOutTokens"),
+        ),
+        min_replicas=f.whole("minNumReplicas"),
+        max_batch=f.whole("maxBatchSize"),
+        max_queue=f.whole("maxQueueSize"),
+        keep_accelerator=f.flag("keepAccelerator"),
+        current=Placement(
+            accelerator=current.text("accelerator"),
+            replicas=current.whole("numReplicas"),
+            cost_per_h=current.number("cost"),
+        ),
+    )
+
+
+def _ours(fields: Fields) -> FleetSpec:
+    """Our own YAML."""
+    fields.only("accelerators", "capacity", "profiles", "service_classes", "servers", "unlimited")
+    return FleetSpec(
+        accelerators=tuple(
+            Accelerator(
+                name=f.only("name", "type", "units", "cost_per_h").text("name", None),
+                type=f.text("type") or f.text("name"),
+                units=f.whole("units", 1, low=1),
+                cost_per_h=f.number("cost_per_h", None),
+            )
+            for f in fields.each("accelerators")
+        ),
+        profiles=tuple(_our_profile(f) for f in fields.each("profiles")),
+        service_classes=tuple(
+            ServiceClass(
+                name=f.only("name", "priority", "targets").text("name", None),
+                priority=f.whole("priority", LOWEST_PRIORITY, low=1),
+                targets={model: _our_targets(t) for model, t in f.inside("targets").entries()},
+            )
+            for f in fields.each("service_classes")
+        ),
+        servers=tuple(_our_server(f) for f in fields.each("servers")),
+        capacity=dict(fields.inside("capacity").numbers()),
+        unlimited=fields.flag("unlimited"),
+    )
+
+
+def _our_profile(f: Fields) -> LatencyProfile:
+    f.only(
+        "model", "accelerator", "alpha_ms", "beta_ms", "gamma_ms", "max_batch", "at_tokens", "max_step_tokens",
+        "accelerators", "queue_model",
+    )  # fmt: skip
+    return LatencyProfile(
+        model=f.text("model", None),
+        accelerator=f.text("accelerator", None),
+        alpha_s=f.number("alpha_ms", None) * _MS,
+        beta_s=f.number("beta_ms", None) * _MS,
+        gamma_s=f.number("gamma_ms", None) * _MS,
+        max_batch=f.whole("max_batch"),
+        at_tokens=f.whole("at_tokens"),
+        max_step_tokens=f.whole("max_step_tokens"),
+        accelerators=f.whole("accelerators", 1, low=1),
+        queue_model=f.text("queue_model", "v3"),
+    )
+
+
+def _our_targets(f: Fields) -> Targets:
+    limits: dict[str, float] = {}
+    for text in f.only("slo", "output_tps").items("slo"):
+        bound = SloBound.parse(str(text))
+        if bound.percentile is not None or bound.metric not in ("ttft", "itl"):
+            raise InvalidInput(f"{f.path}.slo has {text!r}; a plan holds mean_ttft and mean_itl, such as mean_ttft<1s")
+        limits[f"{bound.metric}_s"] = bound.limit_s
+    return Targets(output_tps=f.number("output_tps") or None, **limits)
+
+
+def _our_server(f: Fields) -> ServerSpec:
+    f.only(
+        "name", "class", "model", "arrival_rps", "input_tokens", "output_tokens", "min_replicas", "max_batch",
+        "max_queue", "keep_accelerator", "current",
+    )  # fmt: skip
+    current = f.inside("current").only("accelerator", "replicas", "cost_per_h")
+    return ServerSpec(
+        name=f.text("name", None),
+        service_class=f.text("class", None),
+        model=f.text("model", None),
+        demand=Demand(
+            arrival_rps=f.number("arrival_rps", None),
+            input_tokens=f.number("input_tokens", None),
+            output_tokens=f.number("output_tokens", None),
+        ),
+        min_replicas=f.whole("min_replicas"),
+        max_batch=f.whole("max_batch"),
+        max_queue=f.whole("max_queue", DEFAULT_MAX_QUEUE),
+        keep_accelerator=f.flag("keep_accelerator"),
+        current=Placement(
+            accelerator=current.text("accelerator"),
+            replicas=current.whole("replicas"),
+            cost_per_h=current.number("cost_per_h"),
+        ),
+    )
+
+
+def allocation_solution(spec: FleetSpec, plan: FleetPlan) -> dict[str, Any]:
+    """A plan as llm-inferno's AllocationSolution, with `totalCost`, and `unserved` with reasons where there are any.
+
+    A load's `throughput` is what the queue model expects to be served: less than the arrivals where a queue overflows.
+    """
+    servers = {s.name: s for s in spec.servers}
+    allocations = {}
+    for name, a in plan.allocations.items():
+        demand = servers[name].demand
+        allocations[name] = {
+            "accelerator": a.accelerator,
+            "numReplicas": a.replicas,
+            "maxBatch": a.max_batch,
+            "cost": a.cost_per_h,
+            "itlAverage": a.itl_s / _MS,
+            "ttftAverage": a.ttft_s / _MS,
+            "load": {
+                "arrivalRate": demand.arrival_rps / _PER_MINUTE,
+                "throughput": demand.arrival_rps * (1 - a.loss) / _PER_MINUTE,
+                "avgInTokens": round(demand.input_tokens),
+                "avgOutTokens": round(demand.output_tokens),
+            },
+        }
+    unserved = {"unserved": dict(plan.unserved)} if plan.unserved else {}
+    return {"allocations": allocations, "totalCost": plan.cost_per_h, **unserved}
