@@ -7,9 +7,9 @@ import re
 import zlib
 from collections.abc import Callable
 
-# Before anything imports torch or transformers: workers share two cores, and no test may reach for a model hub.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports torch or transformers: tiny models gain nothing from a second thread, workers share the cores,
+# and no test may reach for a model hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
