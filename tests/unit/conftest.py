@@ -21,6 +21,7 @@ class FakeServer:
     token_ids: bool = True  # list the ids of each chunk's tokens, as vLLM and Flyball do when asked
     hold_until: int = 0  # answer no one before this many requests are here
     card: dict[str, Any] = field(default_factory=lambda: {"id": "fake", "vocab_size": 3000, "max_model_len": 1024})
+    models_answers: int = 1_000_000  # after so many answers /v1/models is out of service
     generations: tuple[str, ...] = ()  # what GET /v1/config answers, one after another; the last stays
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -59,6 +60,9 @@ class FakeServer:
             self._loop.close()
 
     async def _models(self, request: web.Request) -> web.Response:
+        self.models_answers -= 1
+        if self.models_answers < 0:
+            raise web.HTTPServiceUnavailable
         return web.json_response({"object": "list", "data": [self.card]})
 
     async def _config(self, request: web.Request) -> web.Response:

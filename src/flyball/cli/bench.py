@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flyball.cli import load_options as opt
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,47 +25,28 @@ DEFAULT_REQUESTS = 200
 
 def run(
     url: Annotated[str, typer.Option(help="Address of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
-    trace: Annotated[
-        str, typer.Option(help="azure-conv, azure-code (both bundled), or a CSV or JSONL file.")
-    ] = "azure-conv",
-    rate: Annotated[
-        float | None, typer.Option(help="Poisson arrivals a second with the trace's lengths; default: its timing.")
-    ] = None,
-    speed: Annotated[float, typer.Option(help="Replay the trace's timing this many times as fast.")] = 1.0,
-    start: Annotated[int, typer.Option(help="First row of the trace to use, from 0.")] = 0,
+    trace: opt.Trace = "azure-conv",
+    rate: opt.Rate = None,
+    speed: opt.Speed = 1.0,
+    start: opt.Start = 0,
     requests: Annotated[
         int | None, typer.Option(help=f"Requests to send; default: {DEFAULT_REQUESTS} if no duration is given.")
     ] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds to keep sending.")] = None,
-    input_tokens: Annotated[int | None, typer.Option(help="Every prompt this long, not as in the trace.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(help="Every answer this long, not as in the trace.")] = None,
-    scale_lengths: Annotated[float, typer.Option(help="Multiply the trace's lengths, before they are cut.")] = 1.0,
-    max_input: Annotated[
-        int | None, typer.Option(help="Cut prompts to this many tokens; default: what the model's context leaves.")
-    ] = None,
-    max_output: Annotated[
-        int | None, typer.Option(help="Cut answers to this many tokens; default: a quarter of the model's context.")
-    ] = None,
-    slo: Annotated[
-        list[str] | None, typer.Option(help="A promise such as 'p95_ttft<500ms'; may be given several times.")
-    ] = None,
+    duration: opt.Duration = None,
+    input_tokens: opt.InputTokens = None,
+    output_tokens: opt.OutputTokens = None,
+    scale_lengths: opt.ScaleLengths = 1.0,
+    max_input: opt.MaxInput = None,
+    max_output: opt.MaxOutput = None,
+    slo: opt.SloBounds = None,
     seed: Annotated[int, typer.Option(help="Seed of Poisson arrivals.", min=0)] = 0,
-    prompt_seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Seed of the prompts' words; default: a new one, so that no prefix is cached already.", min=0
-        ),
-    ] = None,
+    prompt_seed: opt.PromptSeed = None,
     warmup: Annotated[int, typer.Option(help="Requests sent before, not counted.", min=0)] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    timeout: opt.Timeout = 600.0,
     model: Annotated[str | None, typer.Option(help="Model to ask for; default: the server's first.")] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Token ids a prompt may use, where the server does not say; else text is sent.")
-    ] = None,
-    extensions: Annotated[
-        bool, typer.Option(help="Ask for ignore_eos and return_token_ids, which OpenAI's own API refuses.")
-    ] = True,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token.")] = None,
+    vocab_size: opt.VocabSize = None,
+    extensions: opt.Extensions = True,
+    api_key: opt.ApiKey = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     save_requests: Annotated[bool, typer.Option(help="Keep every request's times in the JSON file.")] = False,
 ) -> None:
@@ -108,15 +91,19 @@ def run(
         extensions=extensions,
         api_key=api_key,
     )
-    console = Console(stderr=True)
-    console.print(f"{facts.model} at {facts.url}: {workload.source}", highlight=False)
+    console = Console(stderr=True, markup=False, highlight=False)
+    console.print(f"{facts.model} at {facts.url}: {workload.source}")
     if load.vocab_size is None:
         console.print("prompts are words, about a token each: the server tells no vocab_size (or give --vocab-size)")
     window = _measure(load, workload, Slo.from_bounds(bounds), facts, console)
-    after = ask_server(url, model=model, api_key=api_key)
-    if after.generation != facts.generation:
+    try:
+        generation = ask_server(url, model=model, api_key=api_key).generation
+    except EngineFailed as error:  # the failures it caused are counted; they are the result
+        console.print(f"after the bench: {error}")
+        generation = facts.generation
+    if generation != facts.generation:
         raise EngineFailed(
-            f"the server's configuration changed during the bench, from {facts.generation} to {after.generation}, so "
+            f"the server's configuration changed during the bench, from {facts.generation} to {generation}, so "
             "the result belongs to neither and is thrown away; run it again while nobody tunes"
         )
     doubt = client_bound(window)
@@ -135,6 +122,8 @@ def run(
     if out is not None:
         write_bench(out, result)
     _print(result, window, bounds, load.failures, doubt)
+    if not result.completed:
+        raise typer.Exit(1)
 
 
 def make_workload(

@@ -113,6 +113,25 @@ def test_a_change_of_configuration_spoils_the_bench(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_dies_is_still_reported(fake_server: Callable[..., Any], shell: Shell, tmp_path: Path) -> None:
+    """What was measured before the server went away is the result, and that it went away is said."""
+    server = fake_server(models_answers=1, script=lambda index: "ok" if index < 5 else "connection")
+    code, out, err = shell("--url", server.url, *FAST, "--out", str(tmp_path / "b.json"))
+    assert code == 0
+    assert "after the bench: " in err
+    assert "7 failed: connection" in out
+    assert read_bench(tmp_path / "b.json").completed == 5
+
+
+def test_a_bench_without_an_answer_fails(fake_server: Callable[..., Any], shell: Shell) -> None:
+    """When no request completes the table says so, the server's words are shown, and the exit code is 1."""
+    code, out, _ = shell("--url", fake_server(script=lambda index: "http_400").url, *FAST)
+    assert code == 1
+    assert "0 of 12 requests completed" in out
+    assert "12 failed: http_400" in out
+    assert "told to: http_400" in out
+
+
 MISTAKES = {
     "no server": (("--url", "http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
     "no address": (("--url", "nonsense"), "no server answers at nonsense"),
