@@ -1,0 +1,89 @@
+"""The sampler draws from exactly the distribution that was asked for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from flyball.core.errors import InvalidInput
+from flyball.engine.request import SamplingParams
+from flyball.engine.sampler import processed_probabilities, sample, uniform
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.integers(0, 20),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.floats(0.0, 0.5),
+)
+def test_filters_equal_the_warpers_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """One filter at a time keeps the same tokens with the same probabilities (oracle O13)."""
+    logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(seed)) * 3
+    cases = [
+        (SamplingParams(temperature=temperature), TemperatureLogitsWarper(temperature)),
+        (SamplingParams(top_p=top_p), TopPLogitsWarper(top_p)),
+        (SamplingParams(min_p=min_p), MinPLogitsWarper(min_p)),
+    ]
+    if top_k:
+        cases.append((SamplingParams(top_k=top_k), TopKLogitsWarper(top_k)))
+    for params, warper in cases:
+        wanted = warper(None, logits.clone()).softmax(-1)
+        torch.testing.assert_close(processed_probabilities(logits, [params]), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_with_different_parameters_do_not_disturb_each_other() -> None:
+    """A batch gives each row what it would get alone."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    rows = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.5, temperature=2.0),
+        SamplingParams(),
+    ]
+    together = processed_probabilities(logits, rows)
+    for i, params in enumerate(rows):
+        torch.testing.assert_close(together[i : i + 1], processed_probabilities(logits[i : i + 1], [params]))
+
+
+def test_the_lowest_id_wins_a_greedy_tie() -> None:
+    """Greedy is deterministic even where logits are equal."""
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
+    assert sample(logits, [SamplingParams(temperature=0.0)], [1], [1]) == [1]
+    mixed = sample(logits.expand(2, -1), [SamplingParams(temperature=0.0), SamplingParams()], [1, 1], [1, 1])
+    assert mixed[0] == 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square of 20 000 draws at one row over consecutive positions stays under its 99.9 % quantile."""
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.0625, 0.0625]]))
+    n = 20_000
+    tokens = sample(logits.expand(n, -1), [SamplingParams()] * n, [7] * n, list(range(n)))
+    observed = torch.bincount(torch.tensor(tokens), minlength=5).double()
+    expected = logits.exp()[0].double() * n
+    assert float(((observed - expected) ** 2 / expected).sum()) < 18.47
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    """Filters are hard, also for draws at the very ends of the unit interval."""
+    logits = torch.tensor([[-1e9, 0.0, -1e9, 0.0, -1e9]]).expand(5000, -1)
+    assert set(sample(logits, [SamplingParams(top_k=2)] * 5000, list(range(5000)), [0] * 5000)) == {1, 3}
+
+
+def test_uniform_is_uniform_and_keyed() -> None:
+    """Neighbouring seeds and positions are independent enough: mean and variance of U(0, 1)."""
+    draws = torch.tensor([uniform(seed, position) for seed in range(100) for position in range(100)])
+    assert abs(float(draws.mean()) - 0.5) < 0.01
+    assert abs(float(draws.var()) - 1 / 12) < 0.003
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("min_p", 2.0), ("top_k", -1)]
+)
+def test_a_bad_parameter_is_refused_by_name(field: str, value: float) -> None:
+    """The sentence names the field, what was given and what is needed."""
+    with pytest.raises(InvalidInput, match=f"{field}={value}"):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
