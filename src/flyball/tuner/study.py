@@ -101,6 +101,19 @@ def opened(storage: str, name: str, problem: Problem, *, resume: bool = False) -
         database.engine.dispose()
 
 
+def latest(storage: str) -> str:
+    """The name of the study that was begun last in a database."""
+    database = optuna.storages.RDBStorage(storage)
+    try:
+        names = [study.study_name for study in database.get_all_studies()]
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+    if not names:
+        raise InvalidInput(f"{storage} holds no study to resume; leave --resume out to begin one")
+    return names[-1]
+
+
 def _check_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for key in ("objective", "slo", "knobs", "fixed", "default", "constraints", "workload"):
         if known[key] != wanted[key]:

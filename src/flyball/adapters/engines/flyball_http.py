@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -89,9 +90,12 @@ class FlyballTarget:
 
 
 def _space(knobs: Mapping[str, Mapping[str, Any]]) -> Space:
-    return Space(tuple(
-        Knob(**{**told, "name": name, "choices": tuple(told.get("choices", ()))}) for name, told in knobs.items()
-    ))  # fmt: skip
+    return Space(tuple(_knob(name, told) for name, told in knobs.items()))
+
+
+def _knob(name: str, told: Mapping[str, Any]) -> Knob:
+    known = {f.name for f in fields(Knob)} & set(told)  # a newer server may tell more
+    return Knob(**{key: told[key] for key in known} | {"name": name, "choices": tuple(told.get("choices", ()))})
 
 
 def _message(reply: httpx.Response) -> str:

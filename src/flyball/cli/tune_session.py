@@ -1,0 +1,187 @@
+"""A study on the terminal: progress while it runs, tables at its end, the report's files. For `tune` and `demo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from optuna import Study
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flyball.core.clock import SystemClock
+from flyball.core.knobs import Configuration
+from flyball.core.workload import Workload
+from flyball.tuner import study as studies
+from flyball.tuner.compare import Comparison, compare, describe_gain, verdict
+from flyball.tuner.measure import Rig
+from flyball.tuner.proposers import Strategy
+from flyball.tuner.report import Report, as_json, html
+from flyball.tuner.study import Problem
+from flyball.tuner.trials import Trial, best
+
+
+def tune(
+    problem: Problem,
+    rig: Rig,
+    strategy: Strategy,
+    *,
+    trials: int,
+    pairs: Sequence[Workload],
+    storage: str,
+    console: Console,
+    name: str | None = None,
+    resume: bool = False,
+) -> Report:
+    """Search, compare and judge; progress goes to the console.
+
+    Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison.
+    """
+    url = studies.storage_url(storage)
+    now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
+    if name is None:
+        name = studies.latest(url) if resume else f"tune-{now:%Y%m%d-%H%M%S}"
+    console.print(f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}")
+    console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}")
+    with studies.opened(url, name, problem, resume=resume) as study:
+        stopped = _search(study, problem, rig, strategy, trials, console)
+        found = studies.history(study)
+        comparison = _compare(problem, rig, found, pairs, console) if pairs else None
+        return Report(
+            study=name,
+            problem=problem,
+            strategy=strategy,
+            trials=tuple(found),
+            comparison=comparison,
+            verdict=verdict(found, comparison),
+            stopped=stopped,
+            written=f"{now:%Y-%m-%d %H:%M}",
+        )
+
+
+def _axes(problem: Problem) -> str:
+    axes = ", ".join(f"{a.knob.name} {a.levels[0]}..{a.levels[-1]}" for a in problem.lattice.axes) or "no knob"
+    fixed = ", ".join(f"{k}={v}" for k, v in problem.lattice.fixed.items())
+    return f"searching {axes}" + (f"; fixed {fixed}" if fixed else "")
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def _search(
+    study: Study, problem: Problem, rig: Rig, strategy: Strategy, trials: int, console: Console
+) -> studies.StopReason:
+    before = len(studies.history(study))
+    if before:
+        console.print(f"going on after {before} finished trials")
+    found: list[Trial] = studies.history(study)
+    with _bars(console) as bars:
+        whole = bars.add_task("trials", total=trials, completed=before, note=_best_note(found, problem))
+        window = bars.add_task("requests", total=len(rig.workload.requests), note="")
+        if rig.settle is not None:
+            rig.load.run(rig.settle, rig.slo, "")  # a cold server would be held against the default, which comes first
+
+        def watch(progress: studies.Progress) -> None:
+            bars.update(window, completed=0, note=_knobs(progress.values))
+            if progress.finished is not None:
+                found.append(progress.finished)
+                bars.console.print(_line(progress.finished, problem))
+                bars.update(whole, advance=1, note=_best_note(found, problem))
+
+        return studies.run(
+            study, problem, rig, strategy, trials=trials, watch=watch,
+            requests=lambda done, total: bars.update(window, completed=done, total=total),
+        )  # fmt: skip
+
+
+def _compare(
+    problem: Problem, rig: Rig, found: Sequence[Trial], pairs: Sequence[Workload], console: Console
+) -> Comparison | None:
+    with _bars(console) as bars:
+        whole = bars.add_task("windows, default against best", total=None, note="")
+        window = bars.add_task("requests", total=len(rig.workload.requests), note="")
+
+        def watch(label: str, done: int, total: int) -> None:
+            bars.update(whole, completed=done, total=total, note=label)
+
+        return compare(
+            problem, rig, found, pairs, watch=watch,
+            requests=lambda done, total: bars.update(window, completed=done, total=total),
+        )  # fmt: skip
+
+
+def _best_note(found: Sequence[Trial], problem: Problem) -> str:
+    top = best(found, problem.objective, lambda v: problem.lattice.distance(v, problem.lattice.default))
+    return (
+        f"best so far {top.score.value:.4g} (trial {top.number})" if top else "none within the SLO yet" if found else ""
+    )
+
+
+def _line(trial: Trial, problem: Problem) -> str:
+    if trial.score.failure is not None:
+        result = f"[red]failed[/]: {escape(trial.score.failure)}"
+    else:
+        margins = "  ".join(
+            f"[{'red' if m > 0 else 'green'}]{escape(name)} {m:+.0%}[/]" for name, m in trial.score.margins.items()
+        )
+        result = f"{problem.objective.metric} {trial.score.value:.4g}  {margins}"
+    return f"{trial.number:>3} {trial.kind:7} {_knobs(trial.values)}  {result}"
+
+
+def _knobs(values: Configuration) -> str:
+    return " ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+def show(report: Report) -> None:
+    """Print default against best, and the verdict."""
+    console = Console(highlight=False)
+    top = report.best
+    default = report.problem.lattice.default
+    if top is not None:
+        table = Table(title=f"{report.study}: {len(report.trials)} trials, {report.stopped}")
+        for column in ("", "default", "best"):
+            table.add_column(column, justify="left" if not column else "right")
+        for knob, value in default.items():
+            table.add_row(knob, str(value), str(top.values[knob]))
+        if report.comparison is not None:
+            _compared_rows(table, report.comparison)
+        console.print(table)
+    console.print(f"[bold]{escape(report.verdict.sentence)}[/]")
+
+
+def _compared_rows(table: Table, c: Comparison) -> None:
+    table.add_section()
+    table.add_row(c.objective.metric, f"{c.mean('default'):.4g}", f"{c.mean('challenger'):.4g}")
+    table.add_row("gain, 95 % interval", "", describe_gain(c))
+    for name, margin in c.margins("default").items():
+        best_margin = c.margins("challenger")[name]
+        table.add_row(f"{name}, mean margin", _margin(margin), _margin(best_margin))
+    if c.margins("default"):
+        table.add_row("windows within the SLO", *(f"{c.kept(s)} of {len(c.pairs)}" for s in ("default", "challenger")))
+
+
+def _margin(margin: float) -> str:
+    return f"[{'red' if margin > 0 else 'green'}]{margin:+.0%}[/]"
+
+
+def write(report: Report, path: Path, url: str) -> None:
+    """Write the HTML page, and the JSON file beside it."""
+    path.write_text(html(report, url), encoding="utf-8")
+    body = json.dumps(as_json(report, url), indent=1, allow_nan=False)
+    path.with_suffix(".json").write_text(body + "\n", encoding="utf-8")
