@@ -28,7 +28,9 @@ def test_a_mistake_ends_in_one_sentence(
 ) -> None:
     """A wrong argument is answered with exit code 2 and its sentence, without a traceback, and nothing is written."""
     (tmp_path / "something").touch()
-    monkeypatch.setattr(sys, "argv", ["flyball", "train-tiny", *(arg.format(tmp=tmp_path) for arg in args)])
+    monkeypatch.setattr(
+        sys, "argv", ["flyball", "train-tiny", "--threads", "1", *(arg.format(tmp=tmp_path) for arg in args)]
+    )
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
