@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from flyball.core.errors import InvalidInput
 
 LOWEST_PRIORITY = 100  # of 1..100, 1 being served first
-IDENTIFIED_BELOW = 1000.0  # condition number of the residuals' Jacobian in log parameters (planner.md 4.3)
+IDENTIFIED_BELOW = 1000.0  # condition number of the residuals' Jacobian in log parameters
 
 
 def _check(owner: str, *, low: float = 0.0, **values: float) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from flyball.numerics.markov import Floats, Ints, ServiceRates, occupancy
 from flyball.performance.queueing import Metrics, Queues, Replicas
 
-_RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates (planner.md 2.1, step 4)
+_RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates, as queue-analysis does
 _NEXT_TO_NOTHING = 1e-15  # stands for 0 where 0 / 0 has a limit: tokens, and load relative to the smallest rate
 
 
@@ -111,10 +111,16 @@ class _V3Queues:
         throughput = lam * seen.accepted
         service, wait = x / throughput, seen.waiting / throughput
         c = life.chunks(np.clip(np.floor(x + 0.5), 1, most))
+        own, step = life.prefill_work(c), service / (c + life.d)
+        background = life.background(c, x) if self.first_token_decoded else step - life.added(c)
         decodes = life.d > 0
-        prefill = np.where(decodes, c * life.background(c, x) + life.prefill_work(c), service)
+        prefill = np.where(decodes, c * background + own, service)
         itl = np.where(decodes, (service - prefill) / np.where(decodes, life.d, 1.0), 0.0)
-        ttft = wait + prefill + (itl if self.first_token_decoded else 0.0)
+        if self.first_token_decoded:
+            ttft = wait + prefill + itl
+        else:  # whoever finds the engine busy first sits out the step in progress
+            wait = wait + (1 - seen.idle) * (step + throughput * own * own / c) / 2
+            ttft = wait + prefill
         response = wait + service
         return (np.minimum(throughput, offered), ttft, itl, wait, prefill, response, x, x / most, 1 - seen.accepted)
 

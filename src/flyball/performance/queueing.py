@@ -24,7 +24,7 @@ _BUILT_IN = {
     "v3-compat": "flyball.performance.queue_v3:V3_COMPAT",
     "v3-engine": "flyball.performance.queue_v3:V3_ENGINE",
 }
-DEFAULT_STEP_TOKENS = 8192.0  # tokens computed in one step where nothing else is said (planner.md 2)
+DEFAULT_STEP_TOKENS = 8192.0  # tokens computed in one step where nothing else is said
 
 _Rows = TypeVar("_Rows")
 
