@@ -47,12 +47,14 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import bench, plan, serve, train_tiny
+    from flyball.cli import bench, fit, plan, serve, train_tiny, tune
 
     app.command("bench")(bench.run)
+    app.command("fit")(fit.run)
     app.command("plan")(plan.run)
     app.command("serve")(serve.run)
     app.command("train-tiny")(train_tiny.run)
+    app.command("tune")(tune.run)
 
 
 def main() -> None:

@@ -1,0 +1,96 @@
+"""`flyball fit`: from measured windows to the latency profile that `flyball plan` sizes with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
+    from flyball.adapters.bench_files import BenchResult
+    from flyball.adapters.bench_points import WindowFit
+    from flyball.numerics.markov import Floats
+
+HOLDOUT_TARGET = 0.2  # relative error at a load that was not fitted
+
+
+def run(
+    windows: Annotated[
+        list[Path], typer.Argument(help="Results of `flyball bench --out`, at two or more loads and two token mixes.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write the profile to this JSON file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model in the fleet spec; default: as served.")] = None,
+    accelerator: Annotated[str, typer.Option(help="Name of the accelerator in the fleet spec.")] = "local",
+    holdout: Annotated[
+        list[Path] | None, typer.Option(help="A window that is not fitted, to test the prediction on.")
+    ] = None,
+    queue_model: Annotated[
+        str, typer.Option(help="Law to fit: v3-engine, or v3 with llm-inferno's reading of the first token.")
+    ] = "v3-engine",
+) -> None:
+    """Fit alpha, beta, gamma to bench windows, and say how well the data determine them."""
+    from flyball.cli import require
+
+    require("plan", "scipy")
+    import numpy as np
+    from rich.console import Console
+
+    from flyball.adapters.bench_files import read_bench
+    from flyball.adapters.bench_points import check_alike, fit_windows, prediction_errors
+    from flyball.adapters.profile_files import write_profiles
+
+    fitted = {str(path): read_bench(path) for path in windows}
+    held_out = {str(path): read_bench(path) for path in holdout or ()}
+    check_alike(fitted | held_out)
+    found = fit_windows(fitted, law=queue_model, accelerator=accelerator, model=model)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, reason in found.excluded.items():
+        console.print(f"left out: {name} ({reason})")
+    errors = np.array([found.fit.ttft_errors, found.fit.itl_errors])
+    console.print(_table("fitted", {name: fitted[name] for name in found.used}, errors))
+    if held_out:
+        errors = prediction_errors(found.profile, held_out)
+        console.print(_table("held out", held_out, errors))
+        worst = float(np.abs(errors).max())
+        verdict = "within" if worst <= HOLDOUT_TARGET else "OVER"
+        console.print(f"largest error held out: {worst:.1%}, {verdict} the target of {HOLDOUT_TARGET:.0%}")
+    profile = found.profile
+    console.print(
+        f"alpha {profile.alpha_s * 1e3:.5g} ms a step, beta {profile.beta_s * 1e3:.5g} ms a token computed, "
+        f"gamma {profile.gamma_s * 1e3:.5g} ms a cached token read ({queue_model})"
+    )
+    console.print(_identification(found))
+    if out is not None:
+        write_profiles(out, [profile])
+        console.print(f"wrote {out}: model {profile.model!r} on {profile.accelerator!r}")
+
+
+def _identification(found: WindowFit) -> str:
+    kappa = f"condition number {found.fit.condition_number:.4g}"
+    if found.fit.identified:
+        return f"{kappa}: the windows determine all three"
+    return (
+        f"{kappa}: NOT IDENTIFIED, the windows do not tell the parameters apart and only loads like them can be "
+        "predicted; add windows of another token mix (bench --input-tokens, --output-tokens) and of other loads"
+    )
+
+
+def _table(title: str, windows: Mapping[str, BenchResult], errors: Floats) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column("window", overflow="fold")
+    for name in ("req/s", "in", "out", "TTFT ms", "fit ms", "error", "ITL ms", "fit ms", "error"):
+        table.add_column(name, justify="right")
+    for (name, window), ttft_error, itl_error in zip(windows.items(), *errors.tolist(), strict=True):
+        row = [f"{window.arrival_rps:.2f}", f"{window.mean_input_tokens:.0f}", f"{window.mean_output_tokens:.0f}"]
+        for measured, error in ((window.ttft_s.mean, ttft_error), (window.itl_s.mean, itl_error)):
+            row += [f"{measured * 1e3:.1f}", f"{measured * (1 + error) * 1e3:.1f}", f"{error:+.1%}"]
+        table.add_row(Path(name).name, *row)
+    return table
