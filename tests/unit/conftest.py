@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     dropped: int = 0  # requests whose client went away
+    answered: int = 0
     _config_calls: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +61,13 @@ class FakeServer:
             self._thread.join()
             self._loop.close()
 
+    def sees_clients_leave(self) -> bool:
+        """Whether, in the end, every request that is not answered has lost its client."""
+        deadline = time.monotonic() + 20
+        while self.dropped + self.answered < len(self.bodies) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return self.dropped + self.answered == len(self.bodies) and self.dropped > 0
+
     async def _models(self, request: web.Request) -> web.Response:
         self.models_answers -= 1
         if self.models_answers < 0:
@@ -77,7 +86,9 @@ class FakeServer:
         self.headers.append(dict(request.headers))
         self.bodies.append(await request.json())
         try:
-            return await self._answer(request, self.bodies[-1], fault)
+            response = await self._answer(request, self.bodies[-1], fault)
+            self.answered += 1
+            return response
         except (asyncio.CancelledError, ConnectionResetError):
             self.dropped += 1
             raise

@@ -108,9 +108,11 @@ class BenchResult:
 def to_json(result: BenchResult) -> str:
     """The result as JSON text."""
     body = {"schema": SCHEMA} | asdict(result)
+    indent = None  # with traces a number a line would be a very long file
     if result.traces is None:
         del body["traces"]
-    return json.dumps(_finite(body), indent=1, allow_nan=False) + "\n"
+        indent = 1
+    return json.dumps(_finite(body), indent=indent, allow_nan=False) + "\n"
 
 
 def from_json(text: str, origin: str) -> BenchResult:
