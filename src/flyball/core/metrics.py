@@ -64,7 +64,7 @@ class RequestTrace:
             (slo.ttft_s, self.ttft_s),
             (slo.tpot_s, self.tpot_s),
             (slo.e2e_s, self.e2e_s),
-            (slo.itl_s, max(self.itl_s, default=None)),
+            (slo.itl_s, percentile(self.itl_s, slo.itl_percentile) if len(self.token_times_s) > 1 else None),
         )
         return all(seen is None or limit is None or seen <= limit for limit, seen in pairs)
 

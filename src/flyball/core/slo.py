@@ -77,7 +77,8 @@ class Slo:
 
     ttft_s: float | None = None  # from the scheduled send time to the first token
     tpot_s: float | None = None  # mean gap between the later tokens of one request (its mean ITL)
-    itl_s: float | None = None  # longest gap between two tokens of one request
+    itl_s: float | None = None  # gap between two neighbouring tokens, at `itl_percentile` of the request's own gaps
+    itl_percentile: float = 100.0  # 100: the longest gap
     e2e_s: float | None = None  # from the scheduled send time to the last token
 
     def __post_init__(self) -> None:
@@ -90,13 +91,16 @@ class Slo:
 
     @classmethod
     def from_bounds(cls, bounds: Iterable[SloBound]) -> Slo:
-        """The per-request promise behind a set of bounds: the same limits, whatever the percentile.
+        """The per-request promise behind a set of bounds: the same limits.
 
-        An ITL percentile speaks of single gaps; for one request it bounds the mean gap (TPOT), so that one slow step
-        does not spoil a long answer.
+        A percentile over requests (TTFT, TPOT, E2E) becomes the limit of each request; a percentile over gaps (ITL)
+        becomes that percentile of the request's own gaps, and a mean ITL its mean gap (TPOT).
         """
         limits: dict[str, float] = {}
         for bound in bounds:
-            key = "tpot_s" if bound.metric == "itl" else f"{bound.metric}_s"
-            limits[key] = min(bound.limit_s, limits.get(key, float("inf")))
+            key = "tpot_s" if bound.metric == "itl" and bound.percentile is None else f"{bound.metric}_s"
+            if bound.limit_s < limits.get(key, float("inf")):
+                limits[key] = bound.limit_s
+                if key == "itl_s" and bound.percentile is not None:
+                    limits["itl_percentile"] = bound.percentile
         return cls(**limits)
