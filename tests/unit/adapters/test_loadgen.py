@@ -300,7 +300,7 @@ def test_progress_counts_to_the_end(fake_server: Callable[..., Any]) -> None:
 
 def test_ctrl_c_gives_up_what_is_under_way(fake_server: Callable[..., Any]) -> None:
     """An interrupt ends the run at once, and the server sees its clients leave."""
-    server = fake_server(script=lambda index: "ok" if index == 0 else "timeout")
+    server = fake_server(hold_until=3, script=lambda index: "ok" if index == 0 else "timeout")
 
     def interrupt(done: int, total: int) -> None:
         signal.raise_signal(signal.SIGINT)
