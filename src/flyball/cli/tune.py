@@ -46,7 +46,7 @@ def run(
         int, typer.Option(help="Pairs of windows, default against best, at the end; 0 compares nothing.", min=0)
     ] = 4,
     knob: Annotated[
-        list[str] | None, typer.Option(help="NAME=LOW..HIGH, NAME=A,B,C or NAME=VALUE; all others keep their bounds.")
+        list[str] | None, typer.Option(help="NAME=LOW..HIGH, NAME=A,B,C or NAME=VALUE; may be given several times.")
     ] = None,
     constraint: Annotated[
         list[str] | None, typer.Option(help="A relation every configuration must satisfy, such as 'a <= 2 * b'.")
@@ -83,7 +83,7 @@ def run(
     max_input: opt.MaxInput = None,
     max_output: opt.MaxOutput = None,
     prompt_seed: opt.PromptSeed = None,
-    timeout: opt.Timeout = 60.0,
+    timeout: opt.Timeout = 30.0,
     vocab_size: opt.VocabSize = None,
     extensions: opt.Extensions = True,
     api_key: opt.ApiKey = None,
@@ -188,13 +188,13 @@ def _objective(maximize: str | None, minimize: str | None) -> Objective:
 
 def _lattice(target: FlyballTarget, narrow: Mapping[str, str], constraints: Sequence[str]) -> Lattice:
     """The server's live knobs, narrowed; known constraints on knobs that it does not have are left out."""
-    from flyball.adapters.engines.flyball_http import CONSTRAINTS
+    from flyball.adapters.engines.flyball_http import CONSTRAINTS, search_ranges
     from flyball.tuner.constraints import Constraint
     from flyball.tuner.space import Lattice
 
     space = target.space()
     known = [text for text in CONSTRAINTS if all(name in space for name in Constraint(text).names)]
-    return Lattice.of(space, narrow, [*known, *constraints], target.configuration())
+    return Lattice.of(space, search_ranges(space) | dict(narrow), [*known, *constraints], target.configuration())
 
 
 def _first_seconds(workload: Workload, seconds: float) -> Workload | None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flyball.core.clock import SystemClock
-from flyball.core.knobs import Configuration
+from flyball.core.knobs import Value
 from flyball.core.workload import Workload
 from flyball.tuner import study as studies
 from flyball.tuner.compare import Comparison, compare, describe_gain, verdict
@@ -64,9 +64,12 @@ def tune(
 
 
 def _axes(problem: Problem) -> str:
-    axes = ", ".join(f"{a.knob.name} {a.levels[0]}..{a.levels[-1]}" for a in problem.lattice.axes) or "no knob"
-    fixed = ", ".join(f"{k}={v}" for k, v in problem.lattice.fixed.items())
-    return f"searching {axes}" + (f"; fixed {fixed}" if fixed else "")
+    axes = ", ".join(
+        f"{a.knob.name} {_value(a.levels[0])}..{_value(a.levels[-1])} ({len(a.levels)} levels)"
+        for a in problem.lattice.axes
+    )
+    fixed = ", ".join(f"{name}={_value(value)}" for name, value in problem.lattice.fixed.items())
+    return f"searching {axes or 'no knob'}" + (f"; fixed {fixed}" if fixed else "")
 
 
 def _bars(console: Console) -> Progress:
@@ -96,7 +99,7 @@ def _search(
             rig.load.run(rig.settle, rig.slo, "")  # a cold server would be held against the default, which comes first
 
         def watch(progress: studies.Progress) -> None:
-            bars.update(window, completed=0, note=_knobs(progress.values))
+            bars.update(window, completed=0, description=f"requests of trial {progress.number}")
             if progress.finished is not None:
                 found.append(progress.finished)
                 bars.console.print(_line(progress.finished, problem))
@@ -112,11 +115,12 @@ def _compare(
     problem: Problem, rig: Rig, found: Sequence[Trial], pairs: Sequence[Workload], console: Console
 ) -> Comparison | None:
     with _bars(console) as bars:
-        whole = bars.add_task("windows, default against best", total=None, note="")
-        window = bars.add_task("requests", total=len(rig.workload.requests), note="")
+        whole = bars.add_task("windows again", total=None, note="", visible=False)
+        window = bars.add_task("requests", total=len(rig.workload.requests), note="", visible=False)
 
         def watch(label: str, done: int, total: int) -> None:
-            bars.update(whole, completed=done, total=total, note=label)
+            bars.update(whole, completed=done, total=total, note=label, visible=True)
+            bars.update(window, visible=True)
 
         return compare(
             problem, rig, found, pairs, watch=watch,
@@ -139,13 +143,13 @@ def _line(trial: Trial, problem: Problem) -> str:
             f"[{'red' if m > 0 else 'green'}]{escape(name)} {m:+.0%}[/]" for name, m in trial.score.margins.items()
         )
         result = f"{problem.objective.metric} {trial.score.value:.4g}  {margins}"
-    return f"{trial.number:>3} {trial.kind:7} {_knobs(trial.values)}  {result}"
+    searched = {axis.knob.name for axis in problem.lattice.axes}
+    knobs = " ".join(f"{name}={_value(value)}" for name, value in trial.values.items() if name in searched)
+    return f"{trial.number:>3} {trial.kind:7} {knobs}  {result}"
 
 
-def _knobs(values: Configuration) -> str:
-    return " ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
-    )
+def _value(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def show(report: Report) -> None:
@@ -158,7 +162,7 @@ def show(report: Report) -> None:
         for column in ("", "default", "best"):
             table.add_column(column, justify="left" if not column else "right")
         for knob, value in default.items():
-            table.add_row(knob, str(value), str(top.values[knob]))
+            table.add_row(knob, _value(value), _value(top.values[knob]))
         if report.comparison is not None:
             _compared_rows(table, report.comparison)
         console.print(table)

@@ -62,8 +62,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def convergence(marks: Sequence[Mark], best_so_far: Sequence[float | None], default: float | None, label: str) -> str:
     """Value of each trial in turn, the best promise-keeping one so far as a line, the default as a dashed one."""
     values = [m.y for m in marks]
-    frame = Frame(x=(0.5, len(marks) + 0.5), y=_span([*values, *([default] if default is not None else [])]))
-    parts = [_y_axis(frame, label), _x_axis(frame, [float(i) for i in _whole(len(marks))], "trial")]
+    frame = Frame(x=(-0.5, len(marks) - 0.5), y=_span([*values, *([default] if default is not None else [])]))
+    parts = [
+        _y_axis(frame, label),
+        _x_axis(frame, [float(i) for i in range(0, len(marks), max(1, math.ceil(len(marks) / 20)))], "trial"),
+    ]
     if default is not None:
         y = frame.py(default)
         parts.append(
@@ -111,17 +114,13 @@ def _span(values: Iterable[float]) -> tuple[float, float]:
     return (low - (air if low else 0.0), high + air)
 
 
-def _whole(count: int) -> range:
-    return range(1, count + 1, max(1, math.ceil(count / 20)))
-
-
 def _steps(frame: Frame, best: Sequence[float | None]) -> str:
     path = ""
-    for i, value in enumerate(best, start=1):
+    for i, value in enumerate(best):
         if value is not None:
             y = f"{frame.py(value):.1f}"
             path += f"H{frame.px(i - 0.5):.1f}V{y}" if path else f"M{frame.px(i):.1f},{y}"
-    return f'<path class="best" d="{path}H{frame.px(len(best) + 0.5):.1f}"/>' if path else ""
+    return f'<path class="best" d="{path}H{frame.px(len(best) - 0.5):.1f}"/>' if path else ""
 
 
 def _mark(frame: Frame, mark: Mark) -> str:

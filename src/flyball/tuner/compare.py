@@ -203,30 +203,26 @@ def _infeasible(trials: Sequence[Trial]) -> str:
 
 
 def _compared(c: Comparison) -> Verdict:
-    count = len(c.pairs)
-    promises = bool(c.pairs[0].default.score.margins)
-    kept = (
-        f"; the SLO is kept in {c.kept('challenger')} of {count} windows, by default in {c.kept('default')}"
-        if promises
-        else ""
-    )
-    gain = f"{describe_gain(c)} in {c.objective.metric} ({CONFIDENCE:.0%} interval, t on {count} pairs)"
-    steady = _holds(c, "challenger")
-    if not steady:
+    metric, count = c.objective.metric, len(c.pairs)
+    gain = f"{describe_gain(c)} ({CONFIDENCE:.0%} interval, t on {count} pairs)"
+    kept = f"the SLO is kept in {c.kept('challenger')} of {count} windows, by default in {c.kept('default')}"
+    slo = f"; {kept}" if c.pairs[0].default.score.margins else ""
+    if not _holds(c, "challenger"):
         return Verdict(
             outcome="not confirmed",
-            sentence=f"no gain: the best configuration broke the SLO when measured again{kept}",
+            sentence=f"no gain: the best configuration broke the SLO when measured again{slo}",
             recommended=None,
         )
     if c.gain.low > 0:
-        return Verdict(outcome="gain", sentence=f"gain {gain}{kept}", recommended=c.challenger.values)
+        return Verdict(outcome="gain", sentence=f"{metric} gain {gain}{slo}", recommended=c.challenger.values)
     if not _holds(c, "default"):
         return Verdict(
             outcome="keeps the SLO",
-            sentence=f"the SLO is kept, which the default breaks; {c.objective.metric} changes by {gain}{kept}",
+            sentence=f"{kept}; {metric} changes by {gain}",
             recommended=c.challenger.values,
         )
-    return Verdict(outcome="no gain", sentence=f"no gain: {gain}, which noise alone would give{kept}", recommended=None)
+    sentence = f"no gain: {metric} changes by {gain}, which noise alone may give{slo}"
+    return Verdict(outcome="no gain", sentence=sentence, recommended=None)
 
 
 def _holds(c: Comparison, side: Literal["default", "challenger"]) -> bool:

@@ -43,9 +43,14 @@ class Report:
         return best(self.trials, self.problem.objective, self._distance)
 
     def best_so_far(self) -> list[float | None]:
-        """Value of the best promise-keeping trial after each trial."""
-        found = [best(self.trials[: i + 1], self.problem.objective, self._distance) for i in range(len(self.trials))]
-        return [trial.score.value if trial else None for trial in found]
+        """The best value of any promise-keeping trial up to each trial."""
+        better = max if self.problem.objective.maximise else min
+        kept: list[float] = []
+        line: list[float | None] = []
+        for trial in self.trials:
+            kept += [trial.score.value] if trial.score.feasible else []
+            line.append(better(kept, default=None))
+        return line
 
     def _distance(self, values: Configuration) -> float:
         return self.problem.lattice.distance(values, self.problem.lattice.default)
@@ -188,7 +193,7 @@ def _tiles(report: Report) -> str:
 def _convergence(report: Report) -> str:
     marks = [
         charts.Mark(x=i, y=t.score.value, feasible=t.score.feasible, title=_describe(t))
-        for i, t in enumerate(report.trials, start=1)
+        for i, t in enumerate(report.trials)
     ]
     default = next((t.score.value for t in report.trials if t.kind == "default"), None)
     picture = charts.convergence(marks, report.best_so_far(), default, report.problem.objective.metric)
@@ -279,20 +284,18 @@ def _knobs(report: Report) -> str:
 
 def _trials(report: Report) -> str:
     names = [axis.knob.name for axis in report.problem.lattice.axes]
-    bounds = [str(bound) for bound in report.problem.bounds]
-    latencies = _shown_latencies(report)
-    header = ["#", "", *names, report.problem.objective.metric, *bounds, *(f"{name}, ms" for name in latencies)]
+    bounds = report.problem.bounds
+    header = ["#", "", *names, report.problem.objective.metric, *(f"{bound}, ms" for bound in bounds)]
     top = report.best
     rows = []
     for t in report.trials:
         row = [str(t.number), t.kind, *(_show(t.values[name]) for name in names)]
-        row.append(_number(t.score.value) if t.score.failure is None else "–")
-        row += [_margin(t.score.margins[b]) if t.score.failure is None else "–" for b in bounds]
-        row += [_number(1e3 * t.metrics[name]) if name in t.metrics else "–" for name in latencies]
+        row.append(_number(t.score.value) if t.score.failure is None else "failed")
+        row += [_kept(t, str(bound), bound.name) for bound in bounds]
         rows.append(row)
     marked = {i for i, t in enumerate(report.trials) if top is not None and t.number == top.number}
     faded = {i for i, t in enumerate(report.trials) if not t.score.feasible}
-    note = "<p>Under each promise its margin: how far it was kept (−) or broken (+), relative to the limit.</p>"
+    note = "<p>In brackets each promise's margin: how far it was kept (−) or broken (+), relative to the limit.</p>"
     failures = "".join(
         f"<li>trial {t.number}: {escape(t.score.failure)}</li>" for t in report.trials if t.score.failure is not None
     )
@@ -301,6 +304,13 @@ def _trials(report: Report) -> str:
         f'<section><h2>Trials</h2>{note if bounds else ""}<div class="scroll">{table}</div>'
         f"{f'<p>Failed:</p><ul>{failures}</ul>' if failures else ''}</section>"
     )
+
+
+def _kept(trial: Trial, bound: str, metric: str) -> str:
+    if trial.score.failure is not None:
+        return "–"
+    seen = f"{_number(1e3 * trial.metrics[metric])} " if metric in trial.metrics else ""
+    return f"{seen}({_margin(trial.score.margins[bound])})"
 
 
 def _setting(report: Report) -> str:

@@ -43,7 +43,7 @@ class Axis:
 
     @classmethod
     def of(cls, knob: Knob, text: str | None = None) -> Axis:
-        """The axis of a knob, narrowed to `LOW..HIGH`, `A,B,C` or a single value if a text is given."""
+        """The axis of a knob, narrowed if a text is given: `LOW..HIGH`, either end left out, `A,B,C` or one value."""
         if text is None:
             return cls(knob=knob, levels=_levels(knob, knob.low, knob.high))
         if ".." not in text:
@@ -51,9 +51,12 @@ class Axis:
             return cls(knob=knob, levels=tuple(sorted(set(listed))) if knob.kind in ("int", "float") else listed)
         if knob.kind not in ("int", "float"):
             raise InvalidKnob(f"{knob.name}={text}: only a number has a range; list values, as in {knob.name}=A,B")
-        low, high = (_read(knob, part) for part in text.split("..", 1))
-        assert not isinstance(low, str)
-        assert not isinstance(high, str)
+        low, high = (
+            float(_read(knob, part)) if part.strip() else end
+            for part, end in zip(text.split("..", 1), (knob.low, knob.high), strict=True)
+        )
+        assert low is not None
+        assert high is not None
         if low > high:
             raise InvalidKnob(f"{knob.name}={text}: the range runs backwards; give the lower end first")
         return cls(knob=knob, levels=_levels(knob, low, high))

@@ -20,6 +20,18 @@ CONSTRAINTS = (
 )
 
 
+def search_ranges(space: Space) -> dict[str, str]:
+    """Where looking is worth a trial, as `--knob` would say it; the engine itself accepts more.
+
+    Fewer than 32 tokens a step starve any model, and an idle engine that waits 50 ms has lost more than batching gains.
+    """
+    ranges = {"max_num_batched_tokens": "32..", "max_wait_ms": "0,2,5,10,20,50"}
+    if "long_prefill_token_threshold" in space:
+        high = space["long_prefill_token_threshold"].high or 0
+        ranges["long_prefill_token_threshold"] = ",".join(["0", *(str(2**k) for k in range(5, 20) if 2**k <= high)])
+    return {name: text for name, text in ranges.items() if name in space}
+
+
 class FlyballTarget:
     """Sets the knobs of one Flyball server (a `core.ports.Target`).
 

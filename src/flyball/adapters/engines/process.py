@@ -72,6 +72,25 @@ def spawned(
             _end(process)
 
 
+def run_to_end(command: Sequence[str], *, capture: bool = False) -> tuple[int, str]:
+    """Run a command in our terminal until it ends; returns its exit code and, if captured, its standard output.
+
+    It dies with us, and an interrupt that reaches us is passed on and waited for before it goes on its way.
+    """
+    wrapped = [sys.executable, "-c", _LAUNCH, str(os.getpid()), *command]
+    with subprocess.Popen(wrapped, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if capture else None) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            process.kill()
+            raise
+    return process.returncode, (output or b"").decode()
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):  # the group is gone
