@@ -83,10 +83,10 @@ async def replay(
     tasks: list[asyncio.Task[RequestTrace]] = []
     done = 0
 
-    def count(_: object) -> None:
+    def count(task: asyncio.Task[RequestTrace]) -> None:
         nonlocal done
-        done += 1
-        if progress is not None:
+        if progress is not None and not task.cancelled():
+            done += 1
             progress(done, len(requests))
 
     async with asyncio.TaskGroup() as group:
