@@ -124,9 +124,9 @@ def run(
     console = Console(stderr=True, highlight=False)
 
     with ExitStack() as stack:
-        stack.enter_context(_ended_by_signals())
+        stack.enter_context(ended_by_signals())
         stack.enter_context(_sole_writer(study))
-        base_url = url or stack.enter_context(_own_server(model, console))
+        base_url = url or stack.enter_context(own_server(model, console))
         facts = ask_server(base_url, model=model if url else None, api_key=api_key)
         target = stack.enter_context(FlyballTarget(base_url, api_key=api_key))
         lengths = fit_lengths(facts, scale=scale_lengths, max_input=max_input, max_output=max_output)
@@ -206,7 +206,7 @@ def _first_seconds(workload: Workload, seconds: float) -> Workload | None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """Make SIGTERM and SIGHUP end us as Ctrl-C does: in order."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -244,7 +244,7 @@ def _sole_writer(study: str) -> Iterator[None]:
 
 
 @contextmanager
-def _own_server(model: str | None, console: Console) -> Iterator[str]:
+def own_server(model: str | None, console: Console) -> Iterator[str]:
     """Serve the model on a free port while the block runs; yields the address."""
     import sys
 
