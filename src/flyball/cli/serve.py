@@ -1,0 +1,110 @@
+"""`flyball serve`: one model behind an OpenAI-compatible server with live knobs."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+
+def run(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a Hugging Face checkpoint; default: the bundled model.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine only with a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one and prints it.", min=0)] = 8000,
+    name: Annotated[str | None, typer.Option(help="Name clients ask for; default: the folder's.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of weights and KV; auto: the checkpoint's.")
+    ] = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences at once; the live knob moves below it.")] = 64,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Most tokens in one step; the live knob moves below it.")
+    ] = 2048,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Most tokens of one request; default: the model's positions.", min=1)
+    ] = None,
+    kv_cache_mib: Annotated[int, typer.Option(help="Upper bound of the KV cache in MiB.", min=1)] = 512,
+    block_size: Annotated[int, typer.Option(help="Tokens in one KV block.")] = 16,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send as a bearer token.", envvar="FLYBALL_API_KEY")
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(help="Key of the admin routes; default: the API key.", envvar="FLYBALL_ADMIN_KEY"),
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
+) -> None:
+    """Serve a model over HTTP: OpenAI's routes, Prometheus metrics, and knobs that change while it runs."""
+    from flyball.cli import require
+    from flyball.core.errors import InvalidInput
+
+    require("engine", "torch", "transformers", "tokenizers", "fastapi", "uvicorn", "prometheus_client")
+    signal.signal(signal.SIGTERM, _exit)
+
+    from flyball.engine.config import EngineConfig
+    from flyball.server.process import is_loopback, listen, serve, url_of
+
+    if not is_loopback(host) and not api_key:
+        raise InvalidInput(
+            f"listening on {host} lets others in; give --api-key (or set FLYBALL_API_KEY), or stay on 127.0.0.1"
+        )
+    config = EngineConfig(
+        model=_model_folder(model),
+        dtype=dtype,
+        block_size=block_size,
+        kv_cache_bytes=kv_cache_mib * 2**20,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        threads=threads,
+    )
+    with listen(host, port) as listener:  # before torch and the model are loaded, which takes a while
+        from flyball.engine.async_engine import AsyncEngine
+        from flyball.server.app import create_app
+        from flyball.server.auth import Keys
+
+        engine = AsyncEngine(config, model_name=name)
+        app = create_app(engine, keys=Keys(user=api_key, admin=admin_key))
+
+        def ready() -> None:
+            blocks = engine.config.num_blocks
+            typer.echo(
+                f"flyball: serving {engine.model_name} on {url_of(listener)} "
+                f"(max_model_len {engine.max_model_len}, {blocks} KV blocks)"
+            )
+
+        died = serve(app, engine, listener, on_ready=ready, access_log=access_log)
+    if died is not None:
+        typer.echo(f"flyball: {died}", err=True)
+        raise typer.Exit(1)
+
+
+def _model_folder(model: Path | None) -> Path:
+    """The checkpoint to serve, looked at before torch is loaded."""
+    from flyball.core.errors import InvalidInput
+
+    if model is None:
+        from flyball.engine.bundled import bundled_model_path
+
+        return bundled_model_path()
+    if not model.is_dir():
+        raise InvalidInput(
+            f"there is no folder {model}; give the folder of a Hugging Face checkpoint, or none for the bundled model"
+        )
+    for part, files in (
+        ("config.json", ("config.json",)),
+        ("tokenizer", ("tokenizer.json", "tokenizer.model", "vocab.json")),
+    ):
+        if not any((model / file).is_file() for file in files):
+            raise InvalidInput(f"{model} holds no {part}; give the folder of a complete Hugging Face checkpoint")
+    return model
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM is a way to stop, not a failure."""
+    raise SystemExit(0)
