@@ -70,27 +70,23 @@ class ServiceRates:
         return ServiceRates(self.log_mu_sum[rows], self.log_mu_last[rows], self.servers[rows], self.places[rows])
 
 
-def geometric_sums(r: Floats, terms: Floats) -> tuple[Floats, Floats]:
-    """Sums of r^i and of i r^i over i = 0..terms-1, for 0 <= r <= 1.
+def geometric_sums(log_r: Floats, terms: Floats) -> tuple[Floats, Floats]:
+    """Sums of r^i and of i r^i over i = 0..terms-1, for 0 < r <= 1 given by its log.
 
-    >>> geometric_sums(np.array([0.5, 1.0]), np.array([3.0, 4.0]))
+    >>> geometric_sums(np.log([0.5, 1.0]), np.array([3.0, 4.0]))
     (array([1.75, 4.  ]), array([1., 6.]))
     """
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        log_r = np.log(r)
+    with np.errstate(divide="ignore", invalid="ignore"):  # r = 1 is mended below
         gap = -np.expm1(log_r)  # 1 - r
-        power = np.exp(terms * log_r)
         plain = -np.expm1(terms * log_r) / gap
-        weighted = (r * plain - terms * power) / gap  # from sum(i r^i) = (r sum(r^i) - n r^n) / (1 - r)
+        weighted = (np.exp(log_r) * plain - terms * np.exp(terms * log_r)) / gap  # = (r sum(r^i) - n r^n) / (1 - r)
     near = terms * -log_r < _SERIES_BELOW
     if near.any():
         n, log_near = terms[near], log_r[near]
         first, second = n * (n - 1) / 2, (n - 1) * n * (2 * n - 1) / 6
         plain[near] = n + log_near * first + log_near**2 / 2 * second
         weighted[near] = first + log_near * second + log_near**2 / 2 * first**2
-    nothing = terms <= 0
-    plain[nothing], weighted[nothing] = 0.0, 0.0
-    return plain, np.where(r == 0.0, 0.0, weighted)
+    return plain, weighted
 
 
 def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
@@ -111,7 +107,7 @@ def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
     tail = np.exp(tail - scale)
 
     r = np.exp(-np.abs(log_r))
-    before, before_weighted = geometric_sums(r, np.broadcast_to(q, r.shape).copy())  # Q terms; the chain has Q + 1
+    before, before_weighted = geometric_sums(-np.abs(log_r), np.broadcast_to(q, r.shape))  # Q terms; the tail has Q + 1
     end = np.exp(-np.abs(log_r) * q)
     rising = log_r > 0
     tail_sum = np.where(rising, 1 + r * before, before + end)

@@ -107,7 +107,15 @@ def fit(points: Sequence[OperatingPoint], model: QueueModel) -> Fit:
         return relative_errors(points, model, np.exp(x)).ravel()
 
     runs = [
-        least_squares(residuals, start, bounds=(start - _REACH, start + _REACH), loss="soft_l1", f_scale=_SOFT, xtol=1e-12, ftol=1e-12)
+        least_squares(
+            residuals,
+            start,
+            bounds=(start - _REACH, start + _REACH),
+            loss="soft_l1",
+            f_scale=_SOFT,
+            xtol=1e-12,
+            ftol=1e-12,
+        )
         for start in _starts(points)
     ]
     best = min(runs, key=lambda run: float(run.cost)).x

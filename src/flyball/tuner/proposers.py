@@ -15,10 +15,10 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
+from scipy.stats.qmc import Sobol
 
 from flyball.core.errors import InvalidInput
 from flyball.core.knobs import Configuration
-from flyball.numerics.quasirandom import r_sequence
 from flyball.tuner.objective import Objective, Score
 from flyball.tuner.space import Lattice, Point
 
@@ -78,18 +78,23 @@ def propose(
     def free(point: Point) -> bool:
         return point not in taken and lattice.legal(point)
 
-    rng = np.random.default_rng([strategy.seed, len(seen)])
-    shift = np.random.default_rng(strategy.seed).random(len(lattice.axes))
     sampler = SAMPLERS[strategy.sampler]
-    if len(seen) <= strategy.starts or sampler is None or not done:
-        spread = [lattice.at(u) for u in r_sequence(0, len(seen) + DRAWS * 4, shift)]
-        found = next((p for p in spread if free(p)), None)
-        wish = spread[len(seen)]
+    if len(seen) <= strategy.starts or not done:
+        draws = spread(lattice, strategy.seed)[len(seen) - 1 :]
+    elif sampler is None:
+        rng = np.random.default_rng([strategy.seed, len(seen)])
+        draws = [lattice.at(u) for u in rng.random((DRAWS, len(lattice.axes)))]
     else:
-        draws = _draws(lattice, objective, seen, sampler(int(rng.integers(2**31))))
-        found = next((p for p in draws if free(p)), None)
-        wish = draws[0]
-    return lattice.values(found if found is not None else _nearest_free(lattice, wish, free, shift))
+        seed = np.random.default_rng([strategy.seed, len(seen)]).integers(2**31)
+        draws = _draws(lattice, objective, seen, sampler(int(seed)))
+    found = next((p for p in draws if free(p)), None)
+    return lattice.values(found if found is not None else _nearest_free(lattice, draws[0], free, strategy.seed))
+
+
+def spread(lattice: Lattice, seed: int, count_log2: int = 6) -> list[Point]:
+    """Points spread evenly: of the first 2^k, one lies in each of 2^k equal parts of every axis (scrambled Sobol')."""
+    engine = Sobol(len(lattice.axes), scramble=True, rng=np.random.default_rng(seed))
+    return [lattice.at(u) for u in engine.random_base2(count_log2)]
 
 
 def _draws(lattice: Lattice, objective: Objective, seen: Sequence[Observation], sampler: BaseSampler) -> list[Point]:
@@ -123,7 +128,7 @@ def constraints_of(score: Score) -> dict[str, float]:
     return {**score.margins, "failed": 1.0 if score.failure else -1.0}
 
 
-def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], shift: np.ndarray) -> Point:
+def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], seed: int) -> Point:
     """The free point nearest to a wish: of all, or in a large lattice of those around it and a spread of others."""
     if lattice.size <= ENUMERABLE:
         candidates = [p for p in lattice.points() if free(p)]
@@ -131,8 +136,7 @@ def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], 
         ring = {wish}
         for _ in range(3):
             ring |= {q for p in sorted(ring) for q in lattice.neighbours(p)}
-        spread = {lattice.at(u) for u in r_sequence(0, ENUMERABLE, shift)}
-        candidates = [p for p in sorted(ring | spread) if free(p)]
+        candidates = [p for p in sorted(ring.union(spread(lattice, seed, 12))) if free(p)]
     if not candidates:
         raise InvalidInput("no legal configuration is left to try; widen the knobs or relax the constraints")
     wanted = lattice.values(wish)

@@ -214,9 +214,7 @@ def _read(knob: Knob, text: str) -> Value:
     except ValueError as error:
         if isinstance(error, InvalidKnob):
             raise
-        raise InvalidKnob(
-            f"{knob.name}={text!r} is not a number; give one from {knob.low:g} to {knob.high:g}"
-        ) from None
+        raise InvalidKnob(f"{knob.name}={text!r} is no number; give one from {knob.low:g} to {knob.high:g}") from None
 
 
 def _levels(knob: Knob, low: float | None, high: float | None) -> tuple[Value, ...]:
@@ -226,7 +224,7 @@ def _levels(knob: Knob, low: float | None, high: float | None) -> tuple[Value, .
         return knob.choices
     assert low is not None
     assert high is not None
-    if knob.kind == "int" and high - low <= STEPS / 2:
+    if knob.kind == "int" and not knob.log and high - low <= STEPS:
         return tuple(range(int(low), int(high) + 1))
     if knob.log or (low == 0 and high >= WIDE):
         inner = _ratios(low, high)

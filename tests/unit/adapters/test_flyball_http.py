@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 from aiohttp import web
-from conformance.target import TargetConformance
-from helpers.tunable_server import SPACE, TunableServer, running
 
+from conformance.target import TargetConformance
 from flyball.adapters.engines.flyball_http import CONSTRAINTS, FlyballTarget, search_ranges
 from flyball.core.errors import EngineFailed, InvalidKnob
 from flyball.tuner.space import Lattice
+from helpers.tunable_server import SPACE, TunableServer, running
 
 
 @pytest.fixture

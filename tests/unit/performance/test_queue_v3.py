@@ -43,7 +43,9 @@ def test_every_recorded_analysis_is_met(cases: dict[str, Any]) -> None:
             theirs = point["metrics"]
             ours = numbers(Metrics(*(getattr(seen, f)[:, column] for f in Metrics.__slots__)))
             assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4), (case.name, point["rate"])
-            assert seen.wait_s[0, column] * 1e3 == pytest.approx(theirs["avgWaitTime"], abs=1e-3 * theirs["avgRespTime"])
+            assert seen.wait_s[0, column] * 1e3 == pytest.approx(
+                theirs["avgWaitTime"], abs=1e-3 * theirs["avgRespTime"]
+            )
             points += 1
     assert points >= 150
 
