@@ -38,9 +38,9 @@ def fit_windows(
     excluded = {name: why for name, window in windows.items() if (why := unusable(window, points[name]))}
     used = tuple(name for name in windows if name not in excluded)
     if len(used) < 2:
-        left_out = "; ".join(f"{name}: {why}" for name, why in excluded.items())
+        left_out = "; ".join(f"{name}: {why}" for name, why in excluded.items()) or "no other was given"
         raise InvalidInput(
-            f"a fit needs 2 windows, and {len(used)} of {len(windows)} can be used ({left_out or 'no other was given'}); "
+            f"a fit needs 2 windows, and {len(used)} of {len(windows)} can be used ({left_out}); "
             "bench more loads that the server can hold"
         )
     found = fit([points[name] for name in used], queue_model(law))

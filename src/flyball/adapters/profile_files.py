@@ -1,4 +1,4 @@
-"""Latency profiles on disk, schema `flyball.profile/1`: `flyball fit` writes them, `flyball plan --profile` reads them."""
+"""Latency profiles on disk, schema `flyball.profile/1`: written by `flyball fit`, read by `flyball plan --profile`."""
 
 from __future__ import annotations
 

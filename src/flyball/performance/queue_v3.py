@@ -2,7 +2,7 @@
 
 An engine step takes alpha + beta * tokens computed + gamma * tokens of KV cache read. A request of n tokens in and m
 out passes c prefill steps and d decode steps, and adds delta seconds of work to each. From the time that a whole life
-takes in a batch of B follows a service rate for every B; with Poisson arrivals, a birth-death chain (`numerics.markov`).
+takes in a batch of B follows a service rate for every B; with Poisson arrivals, a birth-death chain.
 The equations are those of llm-inferno's queue-analysis (design notes: docs/theory/queueing.md).
 
 symbol   shape   meaning                                                      unit

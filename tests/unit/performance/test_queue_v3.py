@@ -72,7 +72,7 @@ def test_a_replica_without_room_for_two_is_solved(cases: dict[str, Any]) -> None
 
 
 def test_capacity_is_the_largest_rate_of_service(cases: dict[str, Any]) -> None:
-    """With chunked prefill the rate peaks below the largest batch: 4.296/s at 97, where the original says 3.627 at 256."""
+    """With chunked prefill the rate peaks at 97 requests, 4.296/s, where the original takes that of 256, 3.627/s."""
     replicas = cases["chunked-4096-64"].replicas()
     theirs, ours = V3_COMPAT.prepare(replicas), V3.prepare(replicas)
     assert (theirs.best_batch[0], theirs.capacity_rps[0]) == (256, pytest.approx(3.6267, rel=1e-4))
@@ -126,7 +126,7 @@ def test_many_are_solved_like_one(cases: dict[str, Any]) -> None:
 
 
 def test_the_engine_reading_gives_the_first_token_a_step_earlier() -> None:
-    """Alone on an engine that emits it after the last prefill step, a prompt that fits one step waits one step for it."""
+    """A prompt alone that fits one step waits for that step only, where the last prefill step emits a token."""
     replicas = Replicas.of(**ONE, max_batch=16, max_queue=16)
     idle = np.array([0.0])
     step = 0.01 + 128 * 5e-5 + 128 * 5e-7
