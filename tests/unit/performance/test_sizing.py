@@ -60,7 +60,7 @@ def test_every_recorded_batch_is_met(cases: dict[str, Any]) -> None:
 
 
 def test_a_target_left_unset_does_not_shrink_the_batch(cases: dict[str, Any]) -> None:
-    """Asked for tokens per second only, the original picks a batch of 3 with 12 % of what is possible; ours keeps 98 %."""
+    """Asked for tokens per second only, the original picks a batch of 3 with 12 % of it; ours keeps 98 %."""
     case = cases["readme"]
     target = next(t for t in case.body["size"] if t["targetTPS"] and not t["targetTTFT"])
     theirs, ours = best(V3_COMPAT, case, target), best(V3, case, target)
