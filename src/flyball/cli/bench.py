@@ -215,9 +215,7 @@ def _print(
     rows = (("TTFT", result.ttft_s), ("TPOT", result.tpot_s), ("ITL", result.itl_s), ("E2E", result.e2e_s),
             ("send lag", result.lag_s))  # fmt: skip
     for label, summary in rows:
-        table.add_row(
-            label, *(f"{getattr(summary, c) * 1e3:,.2f}" for c in ("mean", "p50", "p90", "p95", "p99", "max"))
-        )
+        table.add_row(label, *(_ms(getattr(summary, c)) for c in ("mean", "p50", "p90", "p95", "p99", "max")))
     console.print(table)
     console.print(
         f"arrivals {result.arrival_rps:.2f}/s, completed {result.throughput_rps:.2f}/s, "
@@ -238,3 +236,9 @@ def _print(
         )
     if doubt:
         console.print(f"[bold red]not trustworthy: the client was the bottleneck[/] ({doubt})")
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds to about four digits."""
+    ms = seconds * 1e3
+    return f"{ms:,.{0 if ms >= 1000 else 1 if ms >= 100 else 2}f}"

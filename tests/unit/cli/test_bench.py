@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,23 @@ def test_a_bench_without_an_answer_fails(fake_server: Callable[..., Any], shell:
     assert "0 of 12 requests completed" in out
     assert "12 failed: http_400" in out
     assert "told to: http_400" in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_behind(fake_server: Callable[..., Any], tmp_path: Path) -> None:
+    """An interrupted bench ends at once with 130, writes no file, and the server sees its clients leave."""
+    server = fake_server(script=lambda index: "timeout")
+    args = (sys.executable, "-m", "flyball", "bench", "--url", server.url, *FAST, "--out", str(tmp_path / "b.json"))
+    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as bench:
+        assert bench.stderr
+        while len(server.bodies) < 12 and bench.poll() is None:
+            time.sleep(0.01)
+        bench.send_signal(signal.SIGINT)
+        words = bench.stderr.read()
+    assert bench.returncode == 130
+    assert "Traceback" not in words
+    assert server.sees_clients_leave()
+    assert list(tmp_path.iterdir()) == []
 
 
 MISTAKES = {
