@@ -16,7 +16,7 @@ import json
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Protocol
 
@@ -340,8 +340,9 @@ class HttpLoad:
         return lambda request, index: as_text(words.token_ids(request, index))
 
     async def _warm_up(self, sender: Sender, workload: Workload) -> None:
-        specs = islice(cycle(workload.requests), self.warmup)
-        first = len(workload.requests)  # indices past the workload's own: its prompts stay new to the server
+        # Other indices than the workload's, and no shared prefix: its prompts stay new to the server.
+        first = len(workload.requests)
+        specs = (replace(spec, prefix_ids=()) for spec in islice(cycle(workload.requests), self.warmup))
         async with asyncio.TaskGroup() as group:
             for index, spec in enumerate(specs, start=first):
                 stream = sender.send(spec, index)

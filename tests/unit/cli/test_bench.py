@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,18 @@ def test_ctrl_c_leaves_nothing_behind(fake_server: Callable[..., Any], tmp_path:
     assert "Traceback" not in words
     assert server.sees_clients_leave()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_client_out_of_sockets_is_told(fake_server: Callable[..., Any]) -> None:
+    """Requests that found no free socket in this process are the client's failures, and the result is not trusted."""
+    server = fake_server(script=lambda index: "timeout")
+    args = (sys.executable, "-m", "flyball", "bench", "--url", server.url, "--rate", "1000", "--requests", "60")
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (40, 40))
+    bench = subprocess.run((*args, "--timeout", "2"), check=False, capture_output=True, text=True, preexec_fn=limit)
+    assert bench.returncode == 1
+    assert "failed: client_sockets" in bench.stdout
+    assert "not trustworthy" in bench.stdout
 
 
 MISTAKES = {
