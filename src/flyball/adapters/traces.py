@@ -229,7 +229,7 @@ def _resized(tokens: int, scale: float, limit: int | None) -> int:
     return scaled if limit is None else min(scaled, limit)
 
 
-def replay(
+def recorded(
     requests: Sequence[RequestSpec],
     *,
     name: str,

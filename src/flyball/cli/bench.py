@@ -141,7 +141,7 @@ def make_workload(
     """The load that the options describe."""
     from dataclasses import replace
 
-    from flyball.adapters.traces import poisson, read_trace, replay, trace_path
+    from flyball.adapters.traces import poisson, read_trace, recorded, trace_path
     from flyball.core.errors import InvalidInput
 
     rows = read_trace(trace_path(trace))
@@ -153,7 +153,7 @@ def make_workload(
             rows = tuple(replace(row, prefix_ids=(), **{field: tokens}) for row in rows)
             name += f" with {field}={tokens}"
     if rate_rps is None:
-        return replay(rows, name=name, start=start, count=count, duration_s=duration_s, speed=speed, lengths=lengths)
+        return recorded(rows, name=name, start=start, count=count, duration_s=duration_s, speed=speed, lengths=lengths)
     if speed != 1:
         raise InvalidInput(f"speed {speed:g} scales a trace's own timing and rate {rate_rps:g} replaces it; give one")
     return poisson(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyball.adapters.traces import BUNDLED, Lengths, poisson, read_trace, replay, trace_path
+from flyball.adapters.traces import BUNDLED, Lengths, poisson, read_trace, recorded, trace_path
 from flyball.core.errors import InvalidInput
 from flyball.core.workload import RequestSpec
 
@@ -150,7 +150,9 @@ ROWS = tuple(RequestSpec(arrival_s=i * 2.0, input_tokens=100 * (i + 1), output_t
 
 def test_replay_takes_its_slice_at_its_speed() -> None:
     """Rows, timing and what was done to them come out as asked, and the source says it."""
-    load = replay(ROWS, name="t", start=2, count=5, speed=4, lengths=Lengths(scale=0.5, max_input=200, max_output=1000))
+    load = recorded(
+        ROWS, name="t", start=2, count=5, speed=4, lengths=Lengths(scale=0.5, max_input=200, max_output=1000)
+    )
     assert _triples(load.requests) == [(0.0, 150, 15), (0.5, 200, 20), (1.0, 200, 25), (1.5, 200, 30), (2.0, 200, 35)]
     assert (
         load.source
@@ -160,9 +162,9 @@ def test_replay_takes_its_slice_at_its_speed() -> None:
 
 def test_duration_counts_sending_time() -> None:
     """A duration ends the slice after the speed-up, not in the trace's own time."""
-    assert len(replay(ROWS, name="t", duration_s=3.0, speed=2.0).requests) == 4
+    assert len(recorded(ROWS, name="t", duration_s=3.0, speed=2.0).requests) == 4
     assert (
-        replay(ROWS, name="t", duration_s=3.0, speed=2.0).source == "t[0:4] replayed at 2x speed, lengths as recorded"
+        recorded(ROWS, name="t", duration_s=3.0, speed=2.0).source == "t[0:4] replayed at 2x speed, lengths as recorded"
     )
 
 
@@ -211,12 +213,12 @@ def test_poisson_keeps_to_its_duration(rate: float, duration_s: float, seed: int
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: replay(ROWS, name="t", speed=0), "cannot be replayed at speed 0"),
-        (lambda: replay(ROWS, name="t", speed=math.nan), "cannot be replayed at speed nan"),
-        (lambda: replay(ROWS, name="t", start=10), "t has 10 rows, so none from row 10"),
-        (lambda: replay(ROWS, name="t", start=-1), "none from row -1"),
-        (lambda: replay(ROWS, name="t", count=0), "cannot send 0 requests"),
-        (lambda: replay(ROWS, name="t", duration_s=-1), "cannot send for -1 s"),
+        (lambda: recorded(ROWS, name="t", speed=0), "cannot be replayed at speed 0"),
+        (lambda: recorded(ROWS, name="t", speed=math.nan), "cannot be replayed at speed nan"),
+        (lambda: recorded(ROWS, name="t", start=10), "t has 10 rows, so none from row 10"),
+        (lambda: recorded(ROWS, name="t", start=-1), "none from row -1"),
+        (lambda: recorded(ROWS, name="t", count=0), "cannot send 0 requests"),
+        (lambda: recorded(ROWS, name="t", duration_s=-1), "cannot send for -1 s"),
         (lambda: poisson(ROWS, name="t", rate_rps=-2, seed=0, count=1), "cannot arrive at -2 a second"),
         (lambda: poisson(ROWS, name="t", rate_rps=2, seed=0), "give a number of requests or a duration"),
         (lambda: poisson(ROWS, name="t", rate_rps=1e-9, seed=0, duration_s=1), "no request arrives within 1 s"),
