@@ -15,6 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flyball.core.errors import EngineFailed
+from flyball.engine.async_engine import AsyncEngine
+from flyball.engine.config import EngineConfig
+from flyball.server.app import create_app
+from flyball.server.process import listen, serve, url_of
+
 pytestmark = pytest.mark.slow  # each starts a process that loads torch
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -44,7 +50,7 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def url_of(process: subprocess.Popen[str]) -> str:
+def serving(process: subprocess.Popen[str]) -> str:
     """Wait for the line that says it serves, and return where."""
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -93,7 +99,7 @@ def test_capacity_that_contradicts_itself_is_one_sentence(start: Start, tiny_che
 def test_requests_under_way_end_before_it_does(start: Start, tiny_checkpoint: Path) -> None:
     """SIGTERM while a stream runs: the stream comes to its [DONE], then the process ends with 0."""
     process = start(tiny_checkpoint, "--port", 0, "--name", "tiny")
-    url = url_of(process)
+    url = serving(process)
     body = {"prompt": "the cat", "max_tokens": 300, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -109,7 +115,7 @@ def test_requests_under_way_end_before_it_does(start: Start, tiny_checkpoint: Pa
 def test_keys_come_from_the_environment_and_ctrl_c_ends_in_130(start: Start, tiny_checkpoint: Path) -> None:
     """FLYBALL_API_KEY guards the routes; Ctrl-C ends the process as shells expect, without a traceback."""
     process = start(tiny_checkpoint, "--port", 0, "--name", "tiny", FLYBALL_API_KEY="secret")
-    url = url_of(process)
+    url = serving(process)
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert httpx.get(f"{url}/v1/config", headers={"authorization": "Bearer secret"}).status_code == 200
     process.send_signal(signal.SIGINT)
@@ -117,28 +123,44 @@ def test_keys_come_from_the_environment_and_ctrl_c_ends_in_130(start: Start, tin
     assert (process.returncode, out, err) == (130, "", "")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_engine_ends_the_process_and_says_why(tiny_checkpoint: Path) -> None:
-    """A server without an engine is worse than none: its supervisor must see it end."""
-    from flyball.engine.async_engine import AsyncEngine
-    from flyball.engine.config import EngineConfig
-    from flyball.server.app import create_app
-    from flyball.server.process import listen, serve, url_of
+@pytest.fixture
+def engine(tiny_checkpoint: Path) -> AsyncEngine:
+    """An engine for a server inside this process."""
+    return AsyncEngine(EngineConfig(model=tiny_checkpoint, max_num_seqs=4, num_blocks=64))
 
-    engine = AsyncEngine(EngineConfig(model=tiny_checkpoint, max_num_seqs=4, num_blocks=16))
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_ends_the_server_and_says_why(engine: AsyncEngine) -> None:
+    """A server without an engine is worse than none: its supervisor must see it end."""
 
     def burn() -> None:
         raise MemoryError("no more")
 
-    died: list[str | None] = []
+    with (
+        listen("127.0.0.1", 0) as listener,
+        pytest.raises(EngineFailed, match="the engine failed: MemoryError: no more"),
+    ):
+        serve(create_app(engine), engine, listener, on_ready=lambda: engine._inbox.put(burn))
+
+
+def test_a_second_ctrl_c_waits_for_nobody(engine: AsyncEngine, capfd: pytest.CaptureFixture[str]) -> None:
+    """What still runs is told so in its stream, never with a [DONE], and nothing else is printed."""
+    lines: list[str] = []
+
+    def client(url: str) -> None:
+        body = {"prompt": "the cat", "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) in (1, 3):
+                    signal.raise_signal(signal.SIGINT)
+
     with listen("127.0.0.1", 0) as listener:
-        assert url_of(listener).startswith("http://127.0.0.1:")
-        thread = threading.Thread(
-            target=lambda: died.append(
-                serve(create_app(engine), engine, listener, on_ready=lambda: engine._inbox.put(burn))
-            )
-        )
-        thread.start()
-        thread.join(timeout=30)
-    assert not thread.is_alive()
-    assert died == ["the engine failed: MemoryError: no more"]
+        thread = threading.Thread(target=client, args=(url_of(listener),))
+        with pytest.raises(KeyboardInterrupt):
+            serve(create_app(engine), engine, listener, on_ready=thread.start)
+        thread.join()
+    told = [line for line in lines if line][-1]
+    assert "the engine was stopped" in told
+    assert len(lines) < 900
+    assert capfd.readouterr() == ("", "")

@@ -9,6 +9,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+BUNDLED_NAME = "flyball-tiny"  # its folder is called by its part, "target"
+
 
 def run(
     model: Annotated[
@@ -16,7 +18,9 @@ def run(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one and prints it.", min=0)] = 8000,
-    name: Annotated[str | None, typer.Option(help="Name clients ask for; default: the folder's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name clients ask for; default: the folder's, flyball-tiny if bundled.")
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of weights and KV; auto: the checkpoint's.")
     ] = "auto",
@@ -41,7 +45,7 @@ def run(
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, Prometheus metrics, and knobs that change while it runs."""
     from flyball.cli import require
-    from flyball.core.errors import InvalidInput
+    from flyball.core.errors import EngineFailed, InvalidInput
 
     require("engine", "torch", "transformers", "tokenizers", "fastapi", "uvicorn", "prometheus_client")
     signal.signal(signal.SIGTERM, _exit)
@@ -68,7 +72,7 @@ def run(
         from flyball.server.app import create_app
         from flyball.server.auth import Keys
 
-        engine = AsyncEngine(config, model_name=name)
+        engine = AsyncEngine(config, model_name=name or (BUNDLED_NAME if model is None else None))
         app = create_app(engine, keys=Keys(user=api_key, admin=admin_key))
 
         def ready() -> None:
@@ -78,10 +82,11 @@ def run(
                 f"(max_model_len {engine.max_model_len}, {blocks} KV blocks)"
             )
 
-        died = serve(app, engine, listener, on_ready=ready, access_log=access_log)
-    if died is not None:
-        typer.echo(f"flyball: {died}", err=True)
-        raise typer.Exit(1)
+        try:
+            serve(app, engine, listener, on_ready=ready, access_log=access_log)
+        except EngineFailed as error:  # no mistake of the user's, hence not 2
+            typer.echo(f"flyball: {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 def _model_folder(model: Path | None) -> Path:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
-from flyball.core.errors import InvalidInput
+from flyball.core.errors import EngineFailed, InvalidInput
 from flyball.server.engine_client import EngineClient
 
 GRACE_S = 30  # for requests under way once the server is told to stop
@@ -53,39 +56,66 @@ def serve(
     *,
     on_ready: Callable[[], None],
     access_log: bool = False,
-) -> str | None:
-    """Serve until a signal comes or the engine dies; returns why it died, or None.
+) -> None:
+    """Serve until SIGTERM (returns) or SIGINT (raises KeyboardInterrupt), or raise EngineFailed when the engine dies.
 
-    SIGTERM and SIGINT let requests under way end first (a second SIGINT does not). Both are raised again at the end,
-    for whoever handles them outside.
+    Requests under way may end first, for GRACE_S or until a second signal; what still runs then is told so.
     """
     config = uvicorn.Config(
         app,
         lifespan="on",
         access_log=access_log,
         log_level="info" if access_log else "warning",
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=GRACE_S + 5,  # only a client that does not read its answer needs it
     )
-    server = uvicorn.Server(config)
+    told, died = asyncio.run(_serve(_Server(config), engine, listener, on_ready))
+    if died is not None:
+        raise EngineFailed(died)
+    if told is signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`: uvicorn's second Ctrl-C cancels whatever runs, with a traceback for each."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(
+    server: uvicorn.Server, engine: EngineClient, listener: socket.socket, on_ready: Callable[[], None]
+) -> tuple[signal.Signals | None, str | None]:
+    """Returns the first signal, and why the engine died; None for what did not happen."""
+    told: list[signal.Signals] = []
     died: list[str] = []
+    enough = asyncio.Event()
+
+    def tell(sent: signal.Signals) -> None:
+        if told:
+            enough.set()
+        told.append(sent)
+        server.should_exit = True
 
     async def watch() -> None:
         while not server.started:
             await asyncio.sleep(0.01)
         on_ready()
-        # An engine that is stopped with the server also has its reason, but should_exit is set before.
-        while not server.should_exit:
+        while not server.should_exit:  # once it is set, the engine has an error because it was stopped
             if engine.error is not None:
                 died.append(engine.error)
                 server.should_exit = True
             await asyncio.sleep(0.1)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(enough.wait(), GRACE_S)
+        await engine.stop()
 
-    async def run() -> None:
-        watcher = asyncio.create_task(watch())
-        try:
-            await server.serve(sockets=[listener])
-        finally:
-            watcher.cancel()
-
-    asyncio.run(run())
-    return died[0] if died else None
+    if threading.current_thread() is threading.main_thread():
+        for sent in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(sent, tell, sent)
+    watcher = asyncio.create_task(watch())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watcher.cancel()
+    return told[0] if told else None, died[0] if died else None
