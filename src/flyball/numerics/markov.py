@@ -76,10 +76,9 @@ def geometric_sums(log_r: Floats, terms: Floats) -> tuple[Floats, Floats]:
     >>> geometric_sums(np.log([0.5, 1.0]), np.array([3.0, 4.0]))
     (array([1.75, 4.  ]), array([1., 6.]))
     """
-    with np.errstate(divide="ignore", invalid="ignore"):  # r = 1 is mended below
-        gap = -np.expm1(log_r)  # 1 - r
-        plain = -np.expm1(terms * log_r) / gap
-        weighted = (np.exp(log_r) * plain - terms * np.exp(terms * log_r)) / gap  # = (r sum(r^i) - n r^n) / (1 - r)
+    gap = np.maximum(-np.expm1(log_r), 1e-290)  # 1 - r; where it is too small to divide by, the series takes over
+    plain = -np.expm1(terms * log_r) / gap
+    weighted = (np.exp(log_r) * plain - terms * np.exp(terms * log_r)) / gap  # = (r sum(r^i) - n r^n) / (1 - r)
     near = terms * -log_r < _SERIES_BELOW
     if near.any():
         n, log_near = terms[near], log_r[near]
@@ -103,7 +102,7 @@ def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
     scale = np.maximum(head.max(axis=2), tail)
     head -= scale[:, :, None]
     np.exp(head, out=head)
-    head_sum, head_mean = np.moveaxis(head @ np.stack((np.ones_like(states), states), axis=1), 2, 0)
+    head_sum, head_mean = head.sum(axis=2), np.einsum("crk,k->cr", head, states)  # no BLAS: its threads cost more
     tail = np.exp(tail - scale)
 
     r = np.exp(-np.abs(log_r))

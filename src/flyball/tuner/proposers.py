@@ -6,7 +6,7 @@ on as if it never stopped. None repeats a trial, and none breaks a known constra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,34 +70,42 @@ def propose(
     lattice: Lattice, objective: Objective, seen: Sequence[Observation], strategy: Strategy
 ) -> Mapping[str, Any]:
     """The next configuration to try; look at `exhausted` first."""
-    done = [o for o in seen if o.score is not None]
     if not seen:
         return lattice.default
+    learnt = [o for o in seen if o.score is not None and lattice.point(o.values) is not None]
     taken = {lattice.point(o.values) for o in seen}
 
     def free(point: Point) -> bool:
         return point not in taken and lattice.legal(point)
 
     sampler = SAMPLERS[strategy.sampler]
-    if len(seen) <= strategy.starts or not done:
-        draws = spread(lattice, strategy.seed)[len(seen) - 1 :]
+    draws: Iterable[Point]
+    if len(seen) <= strategy.starts or not learnt:
+        draws = spread(lattice, strategy.seed, (len(seen) + DRAWS).bit_length())[len(seen) - 1 :]
     elif sampler is None:
         rng = np.random.default_rng([strategy.seed, len(seen)])
         draws = [lattice.at(u) for u in rng.random((DRAWS, len(lattice.axes)))]
     else:
         seed = np.random.default_rng([strategy.seed, len(seen)]).integers(2**31)
         draws = _draws(lattice, objective, seen, sampler(int(seed)))
-    found = next((p for p in draws if free(p)), None)
-    return lattice.values(found if found is not None else _nearest_free(lattice, draws[0], free, strategy.seed))
+    wish = None
+    for point in draws:
+        if free(point):
+            return lattice.values(point)
+        wish = wish or point
+    assert wish is not None
+    return lattice.values(_nearest_free(lattice, wish, free, strategy.seed))
 
 
-def spread(lattice: Lattice, seed: int, count_log2: int = 6) -> list[Point]:
+def spread(lattice: Lattice, seed: int, count_log2: int) -> list[Point]:
     """Points spread evenly: of the first 2^k, one lies in each of 2^k equal parts of every axis (scrambled Sobol')."""
     engine = Sobol(len(lattice.axes), scramble=True, rng=np.random.default_rng(seed))
     return [lattice.at(u) for u in engine.random_base2(count_log2)]
 
 
-def _draws(lattice: Lattice, objective: Objective, seen: Sequence[Observation], sampler: BaseSampler) -> list[Point]:
+def _draws(
+    lattice: Lattice, objective: Objective, seen: Sequence[Observation], sampler: BaseSampler
+) -> Iterator[Point]:
     """What a sampler suggests, on level numbers: that is the scale on which neighbours differ about equally."""
     space: dict[str, BaseDistribution] = {
         axis.knob.name: IntDistribution(0, len(axis.levels) - 1)
@@ -109,11 +117,9 @@ def _draws(lattice: Lattice, objective: Objective, seen: Sequence[Observation], 
     for observation in seen:
         if (point := lattice.point(observation.values)) is not None:
             study.add_trial(_as_optuna(point, observation.score, space))
-    points = []
     for _ in range(DRAWS if isinstance(sampler, optuna.samplers.TPESampler) else 2):
         params = study.ask(space).params
-        points.append(tuple(params[name] for name in space))
-    return points
+        yield tuple(params[name] for name in space)
 
 
 def _as_optuna(point: Point, score: Score | None, space: dict[str, BaseDistribution]) -> optuna.trial.FrozenTrial:

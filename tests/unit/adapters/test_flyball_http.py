@@ -41,7 +41,7 @@ def test_a_refused_relation_carries_the_servers_own_words(server: TunableServer)
 
 def test_nobody_there_is_one_clear_sentence(server: TunableServer) -> None:
     """A server that is not there, that has no knobs, or that wants a key: each says what to do."""
-    with pytest.raises(EngineFailed, match="no server answers at http://127.0.0.1:9 .*flyball serve"):
+    with pytest.raises(EngineFailed, match=r"no server answers at http://127\.0\.0\.1:9 .*flyball serve"):
         FlyballTarget("http://127.0.0.1:9")
     server.api_key = "secret"
     with pytest.raises(EngineFailed, match=r"refuses the key \(no valid key\); give the admin key"):

@@ -40,14 +40,18 @@ def until(true: Callable[[], bool]) -> None:
 def test_a_server_and_its_children_end_with_the_block(tmp_path: Path) -> None:
     """Leaving the block by an exception ends the whole process group."""
     note = tmp_path / "pid"
-    with (
-        pytest.raises(KeyboardInterrupt),
-        spawned([*FAMILY, str(note)], ready=lambda: note.exists() and bool(note.read_text()), timeout_s=60) as pid,
-    ):
-        assert not gone(pid)
-        raise KeyboardInterrupt
-    child = int(note.read_text())
-    until(lambda: gone(pid) and gone(child))
+    pids: list[int] = []
+
+    def serve_and_fail() -> None:
+        command = [*FAMILY, str(note)]
+        with spawned(command, ready=lambda: note.exists() and bool(note.read_text()), timeout_s=60) as pid:
+            pids.extend((pid, int(note.read_text())))
+            assert not any(map(gone, pids))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve_and_fail()
+    until(lambda: all(map(gone, pids)))
 
 
 def test_a_server_that_dies_says_its_last_words() -> None:
