@@ -34,6 +34,11 @@ _RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates, as queue
 _NEXT_TO_NOTHING = 1e-15  # stands for 0 where 0 / 0 has a limit: tokens, and load relative to the smallest rate
 
 
+def _batch_allowed(c: Floats | float, n: Floats, d: Floats, limit: Floats) -> Floats:
+    """(c + d) (M - n / c) / (n + d): the largest batch whose prompts take c chunks."""
+    return (c + d) * (limit - n / c) / np.maximum(n + d, _NEXT_TO_NOTHING)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Life:
     """The work of one request; all [C, 1], so that batches or rates can run along the second axis."""
@@ -47,16 +52,15 @@ class _Life:
 
     def chunks(self, batch: Floats) -> Floats:
         """c(B): the positive root of M c² + (M d - n - B (n + d)) c - n d = 0, rounded up, then made exact."""
-        n, d, limit = self.n, self.d, self.step_tokens
-        half = (limit * d - n - batch * (n + d)) / 2
-        c = np.maximum(np.ceil((np.sqrt(half * half + limit * n * d) - half) / limit), 1.0)
-        if (c == 1.0).all() and (self._fits(np.ones_like(c)) >= batch).all():
-            return c
-        c = np.where((c > 1) & (self._fits(np.maximum(c - 1, 1)) >= batch), c - 1, c)
-        return np.where(self._fits(c) < batch, c + 1, c)
-
-    def _fits(self, c: Floats) -> Floats:
-        return (c + self.d) * (self.step_tokens - self.n / c) / np.maximum(self.n + self.d, _NEXT_TO_NOTHING)
+        cut = batch > _batch_allowed(1.0, self.n, self.d, self.step_tokens)
+        chunks = np.ones(cut.shape)
+        if cut.any():
+            n, d, limit, b = (np.broadcast_to(v, cut.shape)[cut] for v in (self.n, self.d, self.step_tokens, batch))
+            half = (limit * d - n - b * (n + d)) / 2
+            c = np.maximum(np.ceil((np.sqrt(half * half + limit * n * d) - half) / limit), 2.0)
+            c = np.where(_batch_allowed(c - 1, n, d, limit) >= b, c - 1, c)
+            chunks[cut] = np.where(_batch_allowed(c, n, d, limit) < b, c + 1, c)
+        return chunks
 
     def prefill_work(self, c: Floats) -> Floats:
         return (self.beta + self.gamma * (c + 1) / 2) * self.n
@@ -105,8 +109,7 @@ class _V3Queues:
 
     def _analyze(self, lam: Floats, offered: Floats) -> tuple[Floats, ...]:
         life, most = self.life, self.service.servers[:, None].astype(np.float64)
-        with np.errstate(over="ignore"):
-            seen = occupancy(self.service, lam)
+        seen = occupancy(self.service, lam)
         x = seen.in_service
         throughput = lam * seen.accepted
         service, wait = x / throughput, seen.waiting / throughput

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +19,7 @@ from flyball.performance.queueing import Metrics, QueueModel, Queues, Replicas, 
 
 SAFETY = 0.1  # share of the largest rate kept free where a queue must be stable but no latency bounds it
 _TOLERANCE = 1e-6  # relative, in the target
-_NARROW = 1e-12  # relative width at which a bracket around a jump is given up
+_NARROW = 1e-9  # relative width at which a bracket around a jump is given up
 _BLOCK = 1 << 15  # states a block of replicas may hold: what stays in the processor's cache
 _GIVEN_AWAY = (
     0.02  # of the throughput at the batch ceiling, twice what the search may lose (paper of OptimalConcurrency)
@@ -91,9 +92,11 @@ def size(queues: Queues, goals: Goals) -> Sized:
     if queues.compat:  # and it looks at the lower end first, and stays where that just meets the target
         met = np.abs(at_low - np.where(np.isfinite(targets), targets, np.inf)) <= margin
         rates, between = np.where(met, low[:, None], rates), between & ~met
-    if (rows := np.flatnonzero(between.any(axis=1))).size:
-        narrowed = _bisect(queues.take(rows), wanted[rows], sign[rows], margin[rows], between[rows])
-        rates[rows] = np.where(between[rows], narrowed, rates[rows])
+    rows, which = np.nonzero(between)
+    if rows.size:
+        targets, sign = targets[rows, which], sign[rows, which]
+        distance = sign * (1 - targets / ends[rows, :, which].T)
+        rates[rows, which] = _search(queues.take(rows), which, targets, sign, distance)
     stable = np.where(goals.stable, high * (1 - SAFETY), high)
     best = np.minimum(rates.min(axis=1), stable)
     best[~np.isfinite(at_low).all(axis=1)] = np.nan
@@ -106,18 +109,36 @@ def _seen(queues: Queues, rates: Floats) -> Floats:
     return np.stack((metrics.ttft_s, metrics.itl_s), axis=2)
 
 
-def _bisect(queues: Queues, wanted: Floats, sign: Floats, margin: Floats, between: Bools) -> Floats:
-    """Halve brackets [C, 2], one a target, whose lower end keeps the target and whose upper end does not."""
-    low = np.broadcast_to(queues.min_rate_rps[:, None], wanted.shape)
-    high = np.broadcast_to(queues.max_rate_rps[:, None], wanted.shape)
-    going = between
-    while going.any():
-        middle = (low + high) / 2
-        seen = _seen(queues, middle)[:, [0, 1], [0, 1]] * sign
-        kept = seen <= wanted
-        low, high = np.where(kept & going, middle, low), np.where(kept | ~going, high, middle)
-        going = going & ~(kept & (seen >= wanted - margin)) & (high - low > _NARROW * high)
-    return low
+def _search(queues: Queues, which: Ints, targets: Floats, sign: Floats, distance: Floats) -> Floats:
+    """Rates [P] at which TTFT (which = 0) or ITL (1) just meets a target, one each of the prepared replicas.
+
+    `distance` [2, P] is 1 - target / latency at both ends, below 0 at the lower one; waits grow like the inverse of
+    what is left of the capacity, so this is nearly straight. Brackets shrink by the Illinois rule (secant steps, the
+    end that stays twice counting half; Dowell and Jarratt, 1971), at times by half, to close in on a jump as well.
+    """
+    low, high = queues.min_rate_rps, queues.max_rate_rps
+    below, above = distance
+    found = low.copy()
+    at = np.arange(len(low))  # where in `found` each replica still searched for stands
+    stayed = np.zeros(len(low))  # +1 the upper end moved last, -1 the lower
+    for turn in count(1):
+        share = np.clip(below / (below - above), 0.001, 0.999) if turn % 8 else 0.5
+        rate = low + share * (high - low)
+        metrics = queues.analyze(rate)
+        seen = sign * (1 - targets / np.where(which == 0, metrics.ttft_s, metrics.itl_s))
+        over = seen > 0
+        below = np.where(over, below * np.where(stayed > 0, 0.5, 1.0), seen)
+        above = np.where(over, seen, above * np.where(stayed < 0, 0.5, 1.0))
+        low, high, stayed = np.where(over, low, rate), np.where(over, rate, high), np.where(over, 1.0, -1.0)
+        met = np.abs(seen) <= _TOLERANCE
+        found[at] = np.where(met, rate, low)
+        going = np.flatnonzero(~met & (high - low > _NARROW * high))
+        if not going.size:
+            break
+        if going.size < len(at):
+            queues, at, which, targets, sign = queues.take(going), at[going], which[going], targets[going], sign[going]
+            low, high, below, above, stayed = (v[going] for v in (low, high, below, above, stayed))
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
