@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import typer
@@ -41,6 +42,11 @@ def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
     assert len(COMMANDS) == len(app.registered_commands) + len(app.registered_groups)
+
+
+def test_the_commands_read_as_accepted(snapshot: Callable[[str], None]) -> None:
+    """What each command says of itself changes only when somebody means it to."""
+    snapshot("".join(f"{name}: {(COMMANDS[name].help or '').splitlines()[0]}\n" for name in sorted(COMMANDS)))
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
