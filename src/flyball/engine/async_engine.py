@@ -147,7 +147,7 @@ class AsyncEngine:
                 return  # the caller went away
             try:
                 answer.set_result(command())
-            except FlyballError as error:
+            except Exception as error:  # noqa: BLE001  # the caller's; the engine goes on for all others
                 answer.set_exception(error)
 
         self._pending.add(answer)

@@ -25,6 +25,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # capacity of one step
     max_model_len: int | None = None  # tokens of one request, prompt and output; None: the model's positions
     threads: int | None = None  # CPU threads of the engine; None: as torch decides
+    kernels: Literal["auto", "compiled", "torch"] = "auto"  # auto: compiled where model and machine allow, else torch
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):

@@ -16,6 +16,8 @@ from transformers.utils import logging as hf_logging
 from flyball.core.errors import InvalidInput
 from flyball.engine.attention import NAME, DecodeGroup, PagedKVCache, PrefillChunk, StepBatch
 from flyball.engine.config import EngineConfig
+from flyball.engine.cpu.build import KernelsUnavailable
+from flyball.engine.cpu.fused import FusedModel
 from flyball.engine.scheduler import Scheduled
 
 # Decode rows are sorted by length and cut where padding would exceed this share of the gathered positions.
@@ -61,10 +63,24 @@ class ModelRunner:
         self.cache = PagedKVCache(
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
         )
+        self.fused: FusedModel | None = None
+        self.kernels = "torch"  # what computes the steps, and why not something faster
+        if config.kernels != "torch":
+            try:
+                self.fused = FusedModel(self.model, self.cache, s.max_positions)
+                self.kernels = "compiled"
+            except KernelsUnavailable as reason:
+                if config.kernels == "compiled":
+                    raise InvalidInput(
+                        f"kernels=compiled cannot be used: {reason}; use kernels=auto or torch"
+                    ) from None
+                self.kernels = f"torch ({reason})"
 
     @torch.inference_mode()
     def forward(self, parts: Sequence[Scheduled]) -> Tensor:
         """Compute a step; returns logits [R, V] of the parts that sample, in their order."""
+        if self.fused is not None:
+            return self.fused.forward(parts)
         ids: list[int] = []
         positions: list[int] = []
         sampled: list[int] = []

@@ -22,7 +22,8 @@ class FinishReason(Enum):
 class SamplingParams:
     """How tokens are chosen and when to stop.
 
-    The order is temperature, top-k, top-p, min-p, as in the field. `temperature=0` is greedy: the lowest id wins a tie.
+    The order is temperature, top-k, top-p, min-p, as in the field. `temperature=0` is greedy: the lowest id wins a tie;
+    so is any below 1e-5, by which logits could not be divided in float32.
     """
 
     max_tokens: int = 16
@@ -46,6 +47,11 @@ class SamplingParams:
         for good, sentence in checks:
             if not good:
                 raise InvalidInput(sentence)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever the seed."""
+        return self.temperature < 1e-5
 
 
 @dataclass(slots=True, eq=False)

@@ -33,7 +33,7 @@ def uniform(seed: int, position: int) -> float:
 def processed_probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """The distribution that is sampled from, [R, V]: temperature, then top-k, top-p and min-p, renormalised.
 
-    Greedy rows (temperature 0) become one-hot at the first maximum. Filters act on the same sorted order as in the
+    Greedy rows become one-hot at the first maximum. Filters act on the same sorted order as in the
     field's warpers: top-p keeps the smallest set whose mass reaches p, min-p what is at least min_p times the maximum.
     """
     vocab = logits.shape[-1]
@@ -41,18 +41,20 @@ def processed_probabilities(logits: Tensor, params: Sequence[SamplingParams]) ->
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    probs = torch.softmax(logits / column([p.temperature or 1.0 for p in params]), dim=-1)
+    probs = torch.softmax(logits / column([1.0 if p.greedy else p.temperature for p in params]), dim=-1)
     if any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in params):
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered * (torch.arange(vocab, device=logits.device) < column([p.top_k or vocab for p in params]))
+        ordered = ordered * (
+            torch.arange(vocab, device=logits.device) < column([min(p.top_k or vocab, vocab) for p in params])
+        )
         ordered = ordered / ordered.sum(-1, keepdim=True)
-        top_p = column([p.top_p for p in params])
+        top_p = column([max(p.top_p, 1e-30) for p in params])  # above 0 in float32 too: the first token stays
         before = ordered.cumsum(-1) - ordered
         # A row without top-p keeps its tail even where rounding lets the cumulative sum reach 1 early.
         ordered = ordered * ((before < top_p) | (top_p >= 1))
         ordered = ordered * (ordered >= column([p.min_p for p in params]) * ordered[:, :1])
         probs = torch.zeros_like(probs).scatter_(-1, order, ordered / ordered.sum(-1, keepdim=True))
-    greedy = [i for i, p in enumerate(params) if p.temperature == 0]
+    greedy = [i for i, p in enumerate(params) if p.greedy]
     if greedy:
         index = torch.tensor(greedy, device=logits.device)
         best = logits[index].argmax(-1)
@@ -65,7 +67,7 @@ def sample(
     logits: Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int]
 ) -> list[int]:
     """Choose one token a row; `positions` are those of the tokens being chosen."""
-    if all(p.temperature == 0 for p in params):
+    if all(p.greedy for p in params):
         tokens: list[int] = logits.argmax(-1).tolist()
         return tokens
     cumulative = processed_probabilities(logits.float(), params).double().cumsum(-1)

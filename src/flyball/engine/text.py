@@ -87,6 +87,10 @@ class TextCodec:
         return Detokenizer(self._decoder(), self._special, context)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"the text cannot be encoded ({error}); send whole Unicode characters") from error
         with self._lock:
             ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids

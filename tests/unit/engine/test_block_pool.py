@@ -1,4 +1,4 @@
-"""The pool is the truth about KV memory: nothing leaks, nothing is owned twice, prefixes outlive their continuations."""
+"""The pool is the truth about KV memory: nothing leaks or is owned twice, prefixes outlive their continuations."""
 
 import pytest
 

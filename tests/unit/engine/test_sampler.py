@@ -35,6 +35,22 @@ def test_filters_equal_the_warpers_of_transformers(
         torch.testing.assert_close(processed_probabilities(logits, [params]), wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("params", [
+    SamplingParams(temperature=1e-8), SamplingParams(temperature=1e-300), SamplingParams(top_p=1e-300),
+    SamplingParams(top_k=1, min_p=1.0, top_p=1e-40),
+])  # fmt: skip
+def test_the_edge_of_the_allowed_is_greedy(params: SamplingParams) -> None:
+    """Values too small for float32 keep the likeliest token instead of leaving none."""
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    assert processed_probabilities(logits, [params]).tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_filters_too_large_for_a_float_keep_every_token() -> None:
+    """A top-k beyond any vocabulary, of any size, is no filter; a temperature beyond float32 leaves all alike."""
+    params = [SamplingParams(top_k=10**400), SamplingParams(temperature=1e300)]
+    assert processed_probabilities(torch.zeros(2, 4), params).tolist() == [[0.25] * 4] * 2
+
+
 def test_rows_with_different_parameters_do_not_disturb_each_other() -> None:
     """A batch gives each row what it would get alone."""
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))

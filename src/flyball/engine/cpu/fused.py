@@ -1,0 +1,168 @@
+"""A Llama-shaped model packed for the compiled kernels: same weights, same rotary tables, one call a step.
+
+Which models: decoder stacks of transformers with RMSNorm, rotary positions, grouped-query attention and a SiLU-gated
+MLP (Llama, Mistral, Qwen2, Qwen3 families), in bfloat16, on a CPU. Everything else runs in transformers' own code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flyball.engine.attention import PagedKVCache
+from flyball.engine.cpu.build import KernelsUnavailable, load_kernels
+from flyball.engine.scheduler import Scheduled
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # tables that do not depend on the sequence's length
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down", "qkv_bias", "o_bias", "norm_in",
+                                               "norm_post", "q_norm", "k_norm", "keys", "values")),
+        ("window", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate",
+                                              "vocab", "block_size")),
+        ("eps", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "cos", "sin", "layer")),
+    )  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "samples", "table_width")),
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "sequence", "tables", "sampled", "logits",
+                                               "scratch")),
+    )  # fmt: skip
+
+
+class FusedModel:
+    """Packed weights and the kernels that run them; made from a loaded model, whose own layers it replaces."""
+
+    def __init__(self, model: Any, cache: PagedKVCache, positions: int) -> None:  # noqa: ANN401  # untyped library
+        check_supported(model)
+        self._kernels = load_kernels()
+        self._keep: list[Tensor] = []
+        config, decoder = model.config, model.model
+        layers = (_Layer * len(decoder.layers))()
+        for i, layer in enumerate(decoder.layers):
+            layers[i] = self._layer(layer, cache, i)
+            decoder.layers[i] = torch.nn.Identity()  # the packed copy is the only one kept
+        cos, sin = _rotary_tables(decoder, positions)
+        head_dim = cos.shape[-1]
+        self.vocab = model.lm_head.weight.shape[0]
+        self._model = _Model(
+            layers=len(layers), hidden=config.hidden_size, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, head_dim=head_dim, intermediate=config.intermediate_size,
+            vocab=self.vocab, block_size=cache.block_size, eps=config.rms_norm_eps, scaling=head_dim**-0.5,
+            embedding=self._pointer(decoder.embed_tokens.weight), norm=self._pointer(decoder.norm.weight.float()),
+            head=self._packed(model.lm_head.weight), cos=self._pointer(cos), sin=self._pointer(sin),
+            layer=ctypes.addressof(layers),
+        )  # fmt: skip
+        model.lm_head = torch.nn.Identity()  # as its layers: only the packed copy is kept
+        self._layers = layers
+        self._cache = cache
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def forward(self, parts: Sequence[Scheduled]) -> Tensor:
+        """Compute a step; returns float32 logits [R, V] of the parts that sample, in their order."""
+        counts = np.array([part.count for part in parts])
+        total = int(counts.sum())
+        ids = np.array([t for p in parts for t in p.request.tokens(p.start, p.start + p.count)], dtype=np.int32)
+        firsts = np.cumsum(counts) - counts
+        starts = np.array([part.start for part in parts])
+        positions = (np.arange(total) - np.repeat(firsts - starts, counts)).astype(np.int32)
+        sequence = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+        width = max(len(part.request.block_table) for part in parts)
+        tables = np.zeros((len(parts), width), dtype=np.int32)
+        for row, part in enumerate(parts):
+            tables[row, : len(part.request.block_table)] = part.request.block_table
+        sampled = (firsts + counts - 1)[[part.samples for part in parts]].astype(np.int32)
+        logits = torch.empty((len(sampled), self.vocab), dtype=torch.float32)
+        longest = int(positions.max()) + 1
+        needed = self._kernels.fb_scratch_bytes(ctypes.byref(self._model), total, longest)
+        if self._scratch.numel() < needed:
+            self._scratch = torch.empty(needed, dtype=torch.uint8)
+        step = _Step(
+            tokens=total, samples=len(sampled), table_width=width, ids=ids.ctypes.data,
+            positions=positions.ctypes.data, sequence=sequence.ctypes.data, tables=tables.ctypes.data,
+            sampled=sampled.ctypes.data, logits=logits.data_ptr(), scratch=self._scratch.data_ptr(),
+        )  # fmt: skip
+        self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step), longest)
+        return logits
+
+    def _layer(self, layer: Any, cache: PagedKVCache, index: int) -> _Layer:  # noqa: ANN401  # untyped library
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [p.bias for p in projections]
+        window = getattr(attention, "sliding_window", None)
+        if window is None and attention.config.model_type == "mistral":
+            window = attention.config.sliding_window
+        return _Layer(
+            qkv=self._packed(torch.cat([p.weight for p in projections])),
+            o=self._packed(attention.o_proj.weight),
+            gate_up=self._packed(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True),
+            down=self._packed(mlp.down_proj.weight),
+            qkv_bias=self._pointer(torch.cat(biases).float()) if biases[0] is not None else None,
+            o_bias=self._pointer(attention.o_proj.bias.float()) if attention.o_proj.bias is not None else None,
+            norm_in=self._pointer(layer.input_layernorm.weight.float()),
+            norm_post=self._pointer(layer.post_attention_layernorm.weight.float()),
+            q_norm=self._pointer(attention.q_norm.weight.float()) if hasattr(attention, "q_norm") else None,
+            k_norm=self._pointer(attention.k_norm.weight.float()) if hasattr(attention, "k_norm") else None,
+            keys=cache.keys[index].data_ptr(),
+            values=cache.values[index].data_ptr(),
+            window=window or 0,
+        )
+
+    def _packed(self, weight: Tensor, *, gated: bool = False) -> int:
+        n, k = weight.shape
+        out = torch.empty(self._kernels.fb_packed_elements(n, k), dtype=torch.bfloat16)
+        source = weight.contiguous()
+        self._kernels.fb_pack(source.data_ptr(), n, k, int(gated), out.data_ptr())
+        return self._pointer(out)
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.contiguous()
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+
+def check_supported(model: Any) -> None:  # noqa: ANN401  # untyped library
+    """Raise KernelsUnavailable, with the reason, for a model that the kernels do not compute exactly."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        raise KernelsUnavailable(f"the kernels know {', '.join(FAMILIES)} models, not {config.model_type}")
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
+        raise KernelsUnavailable(f"the kernels compute in bfloat16 on the CPU, not in {model.dtype} on {model.device}")
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    checks = (
+        (config.hidden_act == "silu", f"the activation {config.hidden_act}"),
+        (rope in STATIC_ROPE, f"rotary positions of type {rope}"),
+        (attention.head_dim % 32 == 0 and attention.head_dim <= 512, f"heads of {attention.head_dim}"),
+        (config.hidden_size % 16 == 0 and config.intermediate_size % 16 == 0, "sizes that are no multiples of 16"),
+        (mlp.gate_proj.bias is None and mlp.down_proj.bias is None, "biases in the MLP"),
+        (abs(attention.scaling * attention.head_dim**0.5 - 1) < 1e-6, "its own attention scale"),
+    )
+    for good, what in checks:
+        if not good:
+            raise KernelsUnavailable(f"the kernels do not know {what}")
+
+
+def _rotary_tables(decoder: Any, positions: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401  # untyped library
+    """Cosines and sines [positions, D] as transformers computes them, in float32."""
+    probe = torch.zeros(1, positions, 1)
+    cos, sin = decoder.rotary_emb(probe, torch.arange(positions)[None])
+    return cos[0].float(), sin[0].float()

@@ -1,0 +1,375 @@
+// One decoder step on the CPU: a Llama-shaped stack in bfloat16, from token ids to logits, in one call.
+//
+// Built by the machine's compiler (see build.py) with -march=native; needs AVX512-BF16. Activations between operators
+// are bfloat16, sums and the residual stream are float32. Threads are OpenMP's, shared with torch's pool.
+//
+// Symbols: T tokens of a step, N output and K input features, H query heads, KH key-value heads, G = H / KH, D head size.
+// A packed weight holds panels of 16 output columns: panel[K / 2][16][2] bf16, what one vdpbf16ps multiplies.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+
+inline float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+inline bf16 to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((bits >> 16) | 0x40);  // NaN stays NaN
+    return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline __m512 load_bf16(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+inline void store_bf16(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+// exp by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6; relative error below 1e-6.
+inline __m512 exp512(__m512 x) {
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+enum Output { STORE, STORE_FLOAT, ADD_FLOAT, GATED };
+
+struct Target {
+    Output kind;
+    void* data;      // bf16 or float, row major
+    int64_t stride;  // elements a row
+    const float* bias;
+};
+
+// R rows times C panels of 16 columns. GATED: panels alternate gate, up; writes silu(gate) * up, 16 columns a pair.
+template <int R, int C>
+inline void tile(const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t column, int64_t columns, const Target& to,
+                 int64_t row) {
+    __m512 acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
+    const int64_t panel = k * 16;
+    for (int64_t i = 0; i < k; i += 2) {
+        __m512bh b[C];
+        for (int c = 0; c < C; ++c) {
+            b[c] = (__m512bh)_mm512_loadu_si512(w + c * panel + i * 16);
+            if (R == 1) _mm_prefetch((const char*)(w + c * panel + i * 16 + 512), _MM_HINT_T0);
+        }
+        for (int r = 0; r < R; ++r) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * ldx + i, 4);
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+            for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], b[c], a);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int c = 0; c < C; ++c) {
+            const int64_t first = column + c * 16;
+            __m512 v = acc[r][c];
+            if (to.kind == GATED) {
+                if (c % 2) continue;
+                const __m512 sigmoid =
+                    _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(_mm512_sub_ps(_mm512_setzero_ps(), v))));
+                const __m512 up = acc[r][c + 1 < C ? c + 1 : c];
+                store_bf16((bf16*)to.data + (row + r) * to.stride + first / 2, _mm512_mul_ps(_mm512_mul_ps(v, sigmoid), up));
+                continue;
+            }
+            const int64_t left = columns - first;
+            const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+            if (to.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to.bias + first));
+            const int64_t at = (row + r) * to.stride + first;
+            if (to.kind == STORE) {
+                _mm256_mask_storeu_epi16((bf16*)to.data + at, mask, (__m256i)_mm512_cvtneps_pbh(v));
+            } else {
+                float* out = (float*)to.data + at;
+                if (to.kind == ADD_FLOAT) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, out));
+                _mm512_mask_storeu_ps(out, mask, v);
+            }
+        }
+    }
+}
+
+template <int R>
+inline void tile_columns(int c, const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t column, int64_t columns,
+                         const Target& to, int64_t row) {
+    switch (c) {
+        case 4: return tile<R, 4>(x, ldx, w, k, column, columns, to, row);
+        case 3: return tile<R, 3>(x, ldx, w, k, column, columns, to, row);
+        case 2: return tile<R, 2>(x, ldx, w, k, column, columns, to, row);
+        default: return tile<R, 1>(x, ldx, w, k, column, columns, to, row);
+    }
+}
+
+// x [M, K] bf16 times a packed weight [K, N]; columns are shared out in groups of four panels.
+void linear(const bf16* x, int64_t m, int64_t k, const bf16* w, int64_t n, const Target& to) {
+    if (m == 0) return;
+    const int64_t panels = (n + 15) / 16;
+    const int64_t groups = (panels + 3) / 4;
+    const int64_t rows_a_task = m <= 96 ? m : 48;  // rows that stay in L2 beside a group of panels
+    const int64_t row_tasks = (m + rows_a_task - 1) / rows_a_task;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t task = 0; task < row_tasks; ++task) {
+            const int64_t panel = group * 4;
+            const int c = (int)std::min<int64_t>(4, panels - panel);
+            const bf16* weights = w + panel * 16 * k;
+            const int64_t end = std::min(m, (task + 1) * rows_a_task);
+            int64_t row = task * rows_a_task;
+            for (; row + 6 <= end; row += 6) tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row);
+            switch (end - row) {
+                case 5: tile_columns<5>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 4: tile_columns<4>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 3: tile_columns<3>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 2: tile_columns<2>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 1: tile_columns<1>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                default: break;
+            }
+        }
+    }
+}
+
+float mean_square(const float* x, int64_t n) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_loadu_ps(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return _mm512_reduce_add_ps(sum) / (float)n;
+}
+
+// y = x / rms(x) * weight, x float [T, n], y bf16 [T, n]; n a multiple of 16.
+void rms_norm(const float* x, int64_t t, int64_t n, const float* weight, float eps, bf16* y) {
+#pragma omp parallel for schedule(static) if (t > 4)
+    for (int64_t row = 0; row < t; ++row) {
+        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean_square(x + row * n, n) + eps));
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + row * n + i), scale);
+            store_bf16(y + row * n + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
+        }
+    }
+}
+
+// Rotate one head in place of its two halves (the rotate-half form of transformers); optional norm of the head before.
+void rope_head(const bf16* in, int64_t d, const float* cos, const float* sin, const float* norm, float eps, bf16* out) {
+    float x[512];
+    for (int64_t i = 0; i < d; i += 16) _mm512_storeu_ps(x + i, load_bf16(in + i));
+    if (norm) {
+        const float scale = 1.0f / std::sqrt(mean_square(x, d) + eps);
+        for (int64_t i = 0; i < d; ++i) x[i] = x[i] * scale * norm[i];
+    }
+    const int64_t half = d / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        out[i] = to_bf16(a * cos[i] - b * sin[i]);
+        out[i + half] = to_bf16(b * cos[i + half] + a * sin[i + half]);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct FbLayer {
+    const bf16 *qkv, *o, *gate_up, *down;           // packed
+    const float *qkv_bias, *o_bias;                 // or null
+    const float *norm_in, *norm_post;               // [hidden]
+    const float *q_norm, *k_norm;                   // [D] or null
+    bf16 *keys, *values;                            // cache [slots, KH, D]
+    int64_t window;                                 // 0: none
+};
+
+struct FbModel {
+    int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, block_size;
+    float eps, scaling;
+    const bf16* embedding;        // [vocab, hidden]
+    const float* norm;            // [hidden]
+    const bf16* head;             // packed [hidden, vocab]
+    const float *cos, *sin;       // [positions, D]
+    const FbLayer* layer;
+};
+
+struct FbStep {
+    int64_t tokens, samples, table_width;
+    const int32_t *ids, *positions, *sequence;      // [T]
+    const int32_t* tables;                          // [sequences, table_width]
+    const int32_t* sampled;                         // [samples] rows whose logits are wanted
+    float* logits;                                  // [samples, vocab]
+    char* scratch;                                  // fb_scratch_bytes(model, step)
+};
+
+int64_t fb_packed_elements(int64_t n, int64_t k) { return (n + 15) / 16 * 16 * k; }
+
+// w [N, K] bf16, K even. gated: w is gate over up, each [N / 2, K], and panels alternate between them.
+void fb_pack(const bf16* w, int64_t n, int64_t k, int gated, bf16* out) {
+    const int64_t panels = (n + 15) / 16;
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t first = gated ? (panel / 2) * 16 + (panel % 2) * (n / 2) : panel * 16;
+        for (int64_t i = 0; i < k; i += 2)
+            for (int64_t c = 0; c < 16; ++c)
+                for (int64_t s = 0; s < 2; ++s)
+                    out[(panel * (k / 2) + i / 2) * 32 + c * 2 + s] =
+                        !gated && panel * 16 + c >= n ? 0 : w[(first + c) * k + i + s];
+    }
+}
+
+// y [M, N] float = x [M, K] times a packed weight; for tests and for measuring one linear alone.
+void fb_linear(const bf16* x, int64_t m, int64_t k, const bf16* w, int64_t n, float* y) {
+    linear(x, m, k, w, n, Target{STORE_FLOAT, y, n, nullptr});
+}
+
+int64_t fb_scratch_bytes(const FbModel* model, int64_t tokens, int64_t longest) {
+    const int64_t qkv = (model->heads + 2 * model->kv_heads) * model->head_dim;
+    const int64_t group = model->heads / model->kv_heads;
+    return tokens * (model->hidden * 4 + model->hidden * 2 + qkv * 2 + 2 * model->heads * model->head_dim * 2 +
+                     model->intermediate * 2) +
+           (int64_t)omp_get_max_threads() * group * (longest + 64) * 4 + 4096;
+}
+
+// Attend every token of the step to its own past through the block table; q and out [T, H, D] bf16.
+static void attend(const FbModel* m, const FbLayer* layer, const FbStep* step, const bf16* q, bf16* out, float* scores,
+                   int64_t row_floats) {
+    const int64_t d = m->head_dim, group = m->heads / m->kv_heads, kv = m->kv_heads, size = m->block_size;
+    const int64_t stride = kv * d, lanes = d / 32;
+    const int64_t items = step->tokens * kv;
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t item = 0; item < items; ++item) {
+        const int64_t token = item / kv, head = item % kv;
+        const int64_t last = step->positions[token];
+        const int64_t from = layer->window > 0 ? std::max<int64_t>(0, last - layer->window + 1) : 0;
+        const int64_t count = last - from + 1;
+        const int32_t* table = step->tables + step->sequence[token] * step->table_width;
+        float* s = scores + omp_get_thread_num() * group * row_floats;
+        const bf16* queries = q + (token * m->heads + head * group) * d;
+        for (int64_t g0 = 0; g0 < group; g0 += 4) {  // up to four query heads share each key that is read
+            const int64_t heads = std::min<int64_t>(4, group - g0);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t p = from + i;
+                const bf16* key = layer->keys + ((int64_t)table[p / size] * size + p % size) * stride + head * d;
+                for (int64_t g = 0; g < heads; ++g) {
+                    __m512 acc = _mm512_setzero_ps();
+                    for (int64_t l = 0; l < lanes; ++l)
+                        acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(key + l * 32),
+                                               (__m512bh)_mm512_loadu_si512(queries + (g0 + g) * d + l * 32));
+                    s[(g0 + g) * row_floats + i] = _mm512_reduce_add_ps(acc);
+                }
+            }
+        }
+        for (int64_t g = 0; g < group; ++g) {
+            float* row = s + g * row_floats;
+            for (int64_t i = count; i < ((count + 15) & ~15LL); ++i) row[i] = -INFINITY;
+            __m512 top = _mm512_set1_ps(-INFINITY);
+            for (int64_t i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(row + i));
+            const __m512 scale = _mm512_set1_ps(m->scaling);
+            const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(top) * m->scaling);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t i = 0; i < count; i += 16) {
+                const __m512 raw = _mm512_loadu_ps(row + i);
+                const __mmask16 real = _mm512_cmp_ps_mask(raw, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
+                const __m512 e = _mm512_maskz_mov_ps(real, exp512(_mm512_fmsub_ps(raw, scale, shift)));
+                _mm512_storeu_ps(row + i, e);
+                sum = _mm512_add_ps(sum, e);
+            }
+            const float total = _mm512_reduce_add_ps(sum);
+            row[(count + 15) & ~15LL] = 1.0f / total;
+        }
+        for (int64_t g0 = 0; g0 < group; g0 += 2) {
+            const int64_t heads = std::min<int64_t>(2, group - g0);
+            for (int64_t part = 0; part < d; part += 64) {
+                const int64_t width = std::min<int64_t>(4, (d - part) / 16);
+                __m512 acc[2][4];
+                for (auto& a : acc)
+                    for (auto& v : a) v = _mm512_setzero_ps();
+                for (int64_t i = 0; i < count; ++i) {
+                    const int64_t p = from + i;
+                    const bf16* value =
+                        layer->values + ((int64_t)table[p / size] * size + p % size) * stride + head * d + part;
+                    __m512 v[4];
+                    for (int64_t l = 0; l < width; ++l) v[l] = load_bf16(value + l * 16);
+                    for (int64_t g = 0; g < heads; ++g) {
+                        const __m512 weight = _mm512_set1_ps(s[(g0 + g) * row_floats + i]);
+                        for (int64_t l = 0; l < width; ++l) acc[g][l] = _mm512_fmadd_ps(weight, v[l], acc[g][l]);
+                    }
+                }
+                for (int64_t g = 0; g < heads; ++g) {
+                    const __m512 inverse = _mm512_set1_ps(s[(g0 + g) * row_floats + ((count + 15) & ~15LL)]);
+                    bf16* to = out + (token * m->heads + head * group + g0 + g) * d + part;
+                    for (int64_t l = 0; l < width; ++l) store_bf16(to + l * 16, _mm512_mul_ps(acc[g][l], inverse));
+                }
+            }
+        }
+    }
+}
+
+void fb_forward(const FbModel* m, const FbStep* step, int64_t longest) {
+    const int64_t t = step->tokens, hidden = m->hidden, d = m->head_dim, heads = m->heads, kv = m->kv_heads;
+    const int64_t qkv_width = (heads + 2 * kv) * d, size = m->block_size;
+    char* next = (char*)(((uintptr_t)step->scratch + 63) & ~(uintptr_t)63);
+    auto take = [&](int64_t bytes) {
+        char* here = next;
+        next += (bytes + 63) & ~63LL;
+        return here;
+    };
+    float* residual = (float*)take(t * hidden * 4);
+    bf16* normed = (bf16*)take(t * hidden * 2);
+    bf16* qkv = (bf16*)take(t * qkv_width * 2);
+    bf16* q = (bf16*)take(t * heads * d * 2);
+    bf16* seen = (bf16*)take(t * heads * d * 2);
+    bf16* inner = (bf16*)take(t * m->intermediate * 2);
+    const int64_t row_floats = ((longest + 15) & ~15LL) + 16;
+    float* scores = (float*)take((int64_t)omp_get_max_threads() * (heads / kv) * row_floats * 4);
+
+    for (int64_t row = 0; row < t; ++row)
+        for (int64_t i = 0; i < hidden; i += 16)
+            _mm512_storeu_ps(residual + row * hidden + i, load_bf16(m->embedding + (int64_t)step->ids[row] * hidden + i));
+
+    for (int64_t l = 0; l < m->layers; ++l) {
+        const FbLayer* layer = m->layer + l;
+        rms_norm(residual, t, hidden, layer->norm_in, m->eps, normed);
+        linear(normed, t, hidden, layer->qkv, qkv_width, Target{STORE, qkv, qkv_width, layer->qkv_bias});
+#pragma omp parallel for schedule(static) if (t > 4)
+        for (int64_t row = 0; row < t; ++row) {
+            const int64_t p = step->positions[row];
+            const float *cos = m->cos + p * d, *sin = m->sin + p * d;
+            const bf16* in = qkv + row * qkv_width;
+            const int32_t* table = step->tables + step->sequence[row] * step->table_width;
+            const int64_t slot = ((int64_t)table[p / size] * size + p % size) * kv * d;
+            for (int64_t h = 0; h < heads; ++h)
+                rope_head(in + h * d, d, cos, sin, layer->q_norm, m->eps, q + (row * heads + h) * d);
+            for (int64_t h = 0; h < kv; ++h)
+                rope_head(in + (heads + h) * d, d, cos, sin, layer->k_norm, m->eps, layer->keys + slot + h * d);
+            std::memcpy(layer->values + slot, in + (heads + kv) * d, (size_t)(kv * d) * sizeof(bf16));
+        }
+        attend(m, layer, step, q, seen, scores, row_floats);
+        linear(seen, t, heads * d, layer->o, hidden, Target{ADD_FLOAT, residual, hidden, layer->o_bias});
+        rms_norm(residual, t, hidden, layer->norm_post, m->eps, normed);
+        linear(normed, t, hidden, layer->gate_up, 2 * m->intermediate, Target{GATED, inner, m->intermediate, nullptr});
+        linear(inner, t, m->intermediate, layer->down, hidden, Target{ADD_FLOAT, residual, hidden, nullptr});
+    }
+    const int64_t r = step->samples;
+    for (int64_t i = 0; i < r; ++i)  // sampled rows are in order, so each moves to a place already read
+        if (step->sampled[i] != i)
+            std::memmove(residual + i * hidden, residual + step->sampled[i] * hidden, (size_t)hidden * 4);
+    rms_norm(residual, r, hidden, m->norm, m->eps, normed);
+    linear(normed, r, hidden, m->head, m->vocab, Target{STORE_FLOAT, step->logits, m->vocab, nullptr});
+}
+
+}  // extern "C"
