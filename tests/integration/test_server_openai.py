@@ -162,6 +162,46 @@ def test_errors_are_the_clients_own_types(client: openai.OpenAI) -> None:
     assert (card.id, card.model_dump()["max_model_len"]) == ("tiny", 512)
 
 
+HOSTILE = [
+    ("/v1/completions", body)
+    for body in (
+        '{"prompt": "a", "temperature": 1e-300}', '{"prompt": "a", "top_p": 1e-300}', '{"prompt": "a", "seed": -1}',
+        '{"prompt": "a", "temperature": NaN}', '{"prompt": "a", "top_k": %s}' % ("9" * 400),
+        '{"prompt": "a", "max_tokens": %s}' % ("9" * 400), '{"prompt": [%s]}' % ("9" * 400), '{"prompt": [4294967296]}',
+        '{"prompt": "a", "stop_token_ids": [%s]}' % ("9" * 400), '{"prompt": "\\ud800"}', '{"prompt": "\\u0000"}',
+        '{"prompt": "a", "stop": "\\ud83d"}', '{"prompt": "a", "model": "\\ud800"}', '{"prompt": [[]]}',
+        '{"prompt": %s' % ("[" * 100_000), "[]", "null", "", "\xff", '{"prompt": "%s"}' % ("x" * 10_000),
+    )
+] + [
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}'),
+    ("/v1/chat/completions", '{"messages": [{"role": "user"}]}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), HOSTILE, ids=[f"{path[4:8]}-{i}" for i, (path, _) in enumerate(HOSTILE)])
+def test_no_body_harms_the_server(url: str, engine: AsyncEngine, path: str, body: str) -> None:
+    """Answered or refused with a 4xx in OpenAI's form; the engine lives on."""
+    response = httpx.post(
+        url + path, content=body.encode("latin-1"), headers={"content-type": "application/json"}, timeout=60
+    )
+    assert response.status_code < 500, response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert engine.error is None
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "NaN", "1e999", "null", '"8"', "[]"])
+def test_no_knob_value_harms_the_server(url: str, engine: AsyncEngine, value: str) -> None:
+    """Refused with a 400; nothing has changed."""
+    before = engine.runtime
+    body = f'{{"max_wait_ms": 1, "max_num_seqs": {value}}}'
+    response = httpx.patch(f"{url}/v1/config", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_knob"
+    assert engine.runtime == before
+    assert engine.error is None
+
+
 def test_metrics_equal_what_the_script_did(serve: Serve, tiny_checkpoint: Path, tokenizer: Any) -> None:
     """O16: a scripted run on a fresh server; every counter is the script's own count."""
     engine = tiny_engine(tiny_checkpoint, block_size=4)
@@ -202,16 +242,15 @@ def test_metrics_equal_what_the_script_did(serve: Serve, tiny_checkpoint: Path, 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve: Serve, tiny_checkpoint: Path, stream: bool) -> None:
     """O15: after the disconnect the engine takes at most one more step for the request, and holds no block."""
-    engine = tiny_engine(tiny_checkpoint)
+    told: list[int] = []  # the engine's step when it was told
+
+    class Observed(AsyncEngine):
+        def abort(self, request_id: str) -> None:
+            told.append(self.stats().step)
+            super().abort(request_id)
+
+    engine = Observed(EngineConfig(model=tiny_checkpoint, dtype="float32", num_blocks=128), model_name="tiny")
     base = serve(create_app(engine))
-    steps_after: list[int] = []
-    drop = engine.abort
-
-    def spy(request_id: str) -> None:
-        steps_after.append(engine.stats().step)
-        drop(request_id)
-
-    engine.abort = spy  # type: ignore[method-assign]  # observes only: the call goes through
 
     async def leave() -> None:
         async with httpx.AsyncClient(timeout=60) as client:
@@ -228,12 +267,12 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve: Serve, tiny_
         await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(go())
-    until(lambda: bool(steps_after), "the disconnect never reached the engine")
+    until(lambda: bool(told), "the disconnect never reached the engine")
     until(lambda: engine.stats().running == 0, "the request still runs")
     stats = engine.stats()
     assert stats.blocks_used == 0
     assert stats.finished == {"abort": 1}
-    assert stats.step <= steps_after[0] + 1
+    assert stats.step <= told[0] + 1
     assert stats.step < 490
     assert 'finished_reason="abort"} 1.0' in httpx.get(f"{base}/metrics").text
 

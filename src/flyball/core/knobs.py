@@ -56,16 +56,14 @@ class Knob:
             if isinstance(value, str) and value in self.choices:
                 return value
             raise InvalidKnob(f"{self.name}={value!r}: give one of {', '.join(self.choices)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
             raise InvalidKnob(f"{self.name}={value!r}: give a number from {self.low:g} to {self.high:g}")
         if self.kind == "int" and value != int(value):
             raise InvalidKnob(f"{self.name}={value!r}: give a whole number from {self.low:g} to {self.high:g}")
         assert self.low is not None
         assert self.high is not None
         if not self.low <= value <= self.high:
-            raise InvalidKnob(
-                f"{self.name}={value:g} is out of bounds; give a value from {self.low:g} to {self.high:g}"
-            )
+            raise InvalidKnob(f"{self.name}={value} is out of bounds; give a value from {self.low:g} to {self.high:g}")
         return int(value) if self.kind == "int" else float(value)
 
 

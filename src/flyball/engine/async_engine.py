@@ -16,7 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from flyball.core.errors import EngineFailed, FlyballError
+from flyball.core.errors import EngineFailed
 from flyball.core.knobs import Space
 from flyball.engine.config import EngineConfig, RuntimeConfig
 from flyball.engine.core import EngineCore

@@ -30,8 +30,8 @@ class Tokenizer(Protocol):
         """Tokens outside the vocabulary proper, each with a flag `special`."""
         ...
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
-        """Encode; the ids are under `input_ids`."""
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """Encode; the ids are under `input_ids`. Verbose: warn of texts longer than the model's context."""
         ...
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
@@ -92,7 +92,7 @@ class TextCodec:
         except UnicodeEncodeError as error:
             raise InvalidInput(f"the text cannot be encoded ({error}); send whole Unicode characters") from error
         with self._lock:
-            ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+            ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
 
     def _decoder(self) -> Decode:

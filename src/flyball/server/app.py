@@ -23,13 +23,8 @@ from flyball.server.generation import Generator
 from flyball.server.metrics import ServerMetrics
 
 
-def create_app(
-    engine: EngineClient, *, keys: Keys | None = None, clock: Clock | None = None, drain_s: float = 0.0
-) -> FastAPI:
-    """An application over an engine that is loaded but not started.
-
-    `drain_s` is how long running requests may take to end once the server stops.
-    """
+def create_app(engine: EngineClient, *, keys: Keys | None = None, clock: Clock | None = None) -> FastAPI:
+    """An application over an engine that is loaded but not started."""
     clock = clock or SystemClock()
     keys = keys or Keys()
     metrics = ServerMetrics(engine, clock)
@@ -42,7 +37,7 @@ def create_app(
         started = True
         yield
         started = False
-        await engine.stop(drain_s)
+        await engine.stop()
 
     app = FastAPI(title="Flyball", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(RequestIds)

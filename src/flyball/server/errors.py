@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -82,7 +83,7 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}; see /openapi.json for what there is"
-        api = ApiError(error.status_code, message, code=str(error.detail).lower().replace(" ", "_"))
+        api = ApiError(error.status_code, message, code=HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"))
         return JSONResponse(error_body(api), api.status, error.headers)
 
     async def nobody_there(_request: Request, _error: Exception) -> Response:
@@ -101,7 +102,12 @@ def _bad_field(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
-    field = next((str(part) for part in first["loc"][1:]), None)
+    if len(first["loc"]) == 1:
+        return ApiError(
+            400, "the body must be a JSON object, sent with content-type: application/json", code="invalid_json"
+        )
+    field = str(first["loc"][1])
     same = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]  # one for each form it could have had
+    where = ".".join(map(str, first["loc"][1:])) if len(same) == 1 else field
     reasons = "; or ".join(dict.fromkeys(str(one["msg"]) for one in same))
-    return ApiError(400, f"{field or 'the body'}: {reasons}", code="invalid_value", param=field)
+    return ApiError(400, f"{where}: {reasons}", code="invalid_value", param=field)

@@ -31,32 +31,32 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
         self._clock = clock
-        self._ttft = Histogram(
+        self.ttft = Histogram(
             "engine_time_to_first_token_seconds",
             "Seconds from the arrival of a request to its first token.",
             buckets=_FAST + _SLOW,
             registry=self.registry,
         )
-        self._itl = Histogram(
+        self.itl = Histogram(
             "engine_inter_token_latency_seconds",
             "Seconds between two neighbouring outputs of one request.",
             buckets=_FAST + _SLOW[:4],
             registry=self.registry,
         )
-        self._e2e = Histogram(
+        self.e2e = Histogram(
             "engine_e2e_request_latency_seconds",
             "Seconds from the arrival of a request to its last token, for requests that ended with stop or length.",
             buckets=_FAST + _SLOW,
             registry=self.registry,
         )
-        self._finished = Counter(
+        self.finished = Counter(
             "engine_request_success",
             "Requests by how they ended: stop, length, abort (the client left) or error.",
             ["finished_reason"],
             registry=self.registry,
         )
         for reason in ("stop", "length", "abort", "error"):
-            self._finished.labels(reason)  # present from the start, at zero
+            self.finished.labels(reason)  # present from the start, at zero
 
     def timer(self, arrival_s: float) -> RequestTimer:
         """Times a request that arrived then."""
@@ -76,16 +76,16 @@ class RequestTimer:
         """One more output has come."""
         now_s = self._clock.now_s()
         if self._last_s is None:
-            self._metrics._ttft.observe(now_s - self._arrival_s)
+            self._metrics.ttft.observe(now_s - self._arrival_s)
         else:
-            self._metrics._itl.observe(now_s - self._last_s)
+            self._metrics.itl.observe(now_s - self._last_s)
         self._last_s = now_s
 
     def finished(self, reason: str) -> None:
         """The request has ended."""
-        self._metrics._finished.labels(reason).inc()
+        self._metrics.finished.labels(reason).inc()
         if reason in ("stop", "length"):
-            self._metrics._e2e.observe(self._clock.now_s() - self._arrival_s)
+            self._metrics.e2e.observe(self._clock.now_s() - self._arrival_s)
 
 
 class _EngineCollector(Collector):

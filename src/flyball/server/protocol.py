@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flyball.engine.request import SamplingParams
 from flyball.server.errors import ApiError
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat's default is all that fits
 

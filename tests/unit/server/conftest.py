@@ -17,7 +17,6 @@ from flyball.engine.config import EngineConfig, RuntimeConfig, first_runtime, kn
 from flyball.engine.request import FinishReason, RequestOutput, SamplingParams
 from flyball.engine.stats import EngineStats
 from flyball.engine.tiny_model import train_tokenizer
-from flyball.server.engine_client import EngineClient
 
 CONFIG = EngineConfig(model=Path("parrot"), max_num_seqs=8, max_num_batched_tokens=64)
 
@@ -37,7 +36,6 @@ class Parrot:
         self.go = asyncio.Event()
         self.go.set()
         self.running: set[str] = set()
-        self.salts: list[bytes] = []
         self.params: list[SamplingParams] = []
         self._counts = EngineStats()
 
@@ -128,8 +126,3 @@ def connect() -> Callable[[FastAPI], Any]:
             yield c
 
     return client
-
-
-def _is_an_engine(parrot: Parrot) -> EngineClient:
-    """For the type checker: the fake keeps the real one's promise."""
-    return parrot
