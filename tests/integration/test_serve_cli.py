@@ -21,7 +21,7 @@ from flyball.engine.config import EngineConfig
 from flyball.server.app import create_app
 from flyball.server.process import listen, serve, url_of
 
-pytestmark = pytest.mark.slow  # each starts a process that loads torch
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # each starts a process that loads torch
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -63,7 +63,7 @@ def serving(process: subprocess.Popen[str]) -> str:
 
 def refusal(process: subprocess.Popen[str]) -> str:
     """The one sentence of a user's mistake: exit code 2, nothing else printed."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert out == ""
     assert err.startswith("flyball: ")
@@ -108,7 +108,7 @@ def test_requests_under_way_end_before_it_does(start: Start, tiny_checkpoint: Pa
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert len(rest) == 300
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, "", "")
 
 
@@ -119,7 +119,7 @@ def test_keys_come_from_the_environment_and_ctrl_c_ends_in_130(start: Start, tin
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert httpx.get(f"{url}/v1/config", headers={"authorization": "Bearer secret"}).status_code == 200
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, "", "")
 
 
