@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flyball.adapters.engines.flyball_http import FlyballTarget
-    from flyball.core.knobs import Configuration
     from flyball.core.workload import Workload
     from flyball.tuner.objective import Objective
     from flyball.tuner.space import Lattice
@@ -152,16 +151,13 @@ def run(
             lattice=_lattice(target, narrow, constraint or ()), objective=objective, bounds=bounds,
             workload=first.source, service=facts.model,
         )  # fmt: skip
-        with _restored(target, list(problem.lattice.default), console) as keep:
-            found = tune_session.tune(
-                problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
-                storage=study, name=name, resume=resume, console=console,
-            )  # fmt: skip
-            tune_session.show(found)
-            tune_session.write(found, report, target.url)
-            console.print(f"report: {report} and {report.with_suffix('.json')}; study: {found.study} in {study}")
-            if apply and found.verdict.recommended is not None:
-                keep(found.verdict.recommended)
+        found = tune_session.tune(
+            problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
+            storage=study, name=name, resume=resume, apply=apply, console=console,
+        )  # fmt: skip
+        tune_session.show(found)
+        tune_session.write(found, report, target.url)
+        console.print(f"report: {report} and {report.with_suffix('.json')}; study: {found.study} in {study}")
 
 
 def _check_options(engine: str, url: str | None, *, apply: bool, repeats: int) -> None:
@@ -267,31 +263,3 @@ def own_server(model: str | None, console: Console) -> Iterator[str]:
         with spawned(command, ready=ready, timeout_s=READY_S):
             yield url
     console.print(f"stopped the server at {url}")
-
-
-@contextmanager
-def _restored(
-    target: FlyballTarget, names: Sequence[str], console: Console
-) -> Iterator[Callable[[Configuration], None]]:
-    """Put the configuration found at the start back at the end, however it comes, unless another one is kept."""
-    from flyball.core.errors import FlyballError
-
-    found = {name: value for name, value in target.configuration().items() if name in names}
-    final: dict[str, Configuration] = {"the configuration found at the start": found}
-
-    def keep(values: Configuration) -> None:
-        final.clear()
-        final["the best configuration"] = values
-
-    try:
-        yield keep
-    finally:
-        ((label, values),) = final.items()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave a trial's knobs behind
-        try:
-            target.apply(values)
-            console.print(f"in force: {label}")
-        except FlyballError as error:
-            console.print(f"[red]{label} could not be put in force[/]: {error}")
-        finally:
-            signal.signal(signal.SIGINT, before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flyball.core.clock import SystemClock
-from flyball.core.knobs import Value
+from flyball.core.errors import FlyballError
+from flyball.core.knobs import Configuration, Value
 from flyball.core.workload import Workload
 from flyball.tuner import study as studies
 from flyball.tuner.compare import Comparison, compare, describe_gain, verdict
@@ -36,10 +39,12 @@ def tune(
     console: Console,
     name: str | None = None,
     resume: bool = False,
+    apply: bool = False,
 ) -> Report:
     """Search, compare and judge; progress goes to the console.
 
-    Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison.
+    Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison. In
+    the end, however it comes, the configuration found at the start is put back, or the recommended one with `apply`.
     """
     url = studies.storage_url(storage)
     now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
@@ -47,20 +52,57 @@ def tune(
         name = studies.latest(url) if resume else f"tune-{now:%Y%m%d-%H%M%S}"
     console.print(f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}")
     console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}")
-    with studies.opened(url, name, problem, resume=resume) as study:
+    with studies.opened(url, name, problem, resume=resume) as study, _restored(study, problem, rig, console) as keep:
         stopped = _search(study, problem, rig, strategy, trials, console)
         found = studies.history(study)
         comparison = _compare(problem, rig, found, pairs, console) if pairs else None
-        return Report(
-            study=name,
-            problem=problem,
-            strategy=strategy,
-            trials=tuple(found),
-            comparison=comparison,
-            verdict=verdict(found, comparison),
-            stopped=stopped,
-            written=f"{now:%Y-%m-%d %H:%M}",
-        )
+        judged = verdict(found, problem, comparison)
+        if apply and judged.recommended is not None:
+            keep(judged.recommended)
+    return Report(
+        study=name, problem=problem, strategy=strategy, trials=tuple(found), comparison=comparison, verdict=judged,
+        stopped=stopped, written=f"{now:%Y-%m-%d %H:%M}",
+    )  # fmt: skip
+
+
+@contextmanager
+def _restored(study: Study, problem: Problem, rig: Rig, console: Console) -> Iterator[Callable[[Configuration], None]]:
+    """Put the configuration found at the start back at the end, unless another one is kept.
+
+    The study remembers it, so that a run which resumes one that was killed puts back what that one had found.
+    """
+    in_force = {k: v for k, v in rig.target.configuration().items() if k in problem.lattice.default}
+    found = studies.recall_found(study) or in_force
+    studies.remember_found(study, found)
+    final: dict[str, Configuration] = {"the configuration found at the start": found}
+
+    def keep(values: Configuration) -> None:
+        final.clear()
+        final["the best configuration"] = values
+
+    try:
+        yield keep
+    finally:
+        with _uninterrupted():
+            ((label, values),) = final.items()
+            try:
+                rig.target.apply(values)
+                studies.remember_found(study, None)
+                console.print(f"in force: {label}")
+            except FlyballError as error:
+                console.print(f"[red]{label} could not be put in force[/]: {escape(str(error))}")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold off a second Ctrl-C, which would leave a trial's knobs behind."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _axes(problem: Problem) -> str:
@@ -129,7 +171,7 @@ def _compare(
 
 
 def _best_note(found: Sequence[Trial], problem: Problem) -> str:
-    top = best(found, problem.objective, lambda v: problem.lattice.distance(v, problem.lattice.default))
+    top = best(found, problem.objective, problem.from_default)
     return (
         f"best so far {top.score.value:.4g} (trial {top.number})" if top else "none within the SLO yet" if found else ""
     )

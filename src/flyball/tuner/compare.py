@@ -26,7 +26,7 @@ from flyball.core.workload import Workload
 from flyball.tuner.measure import Rig
 from flyball.tuner.objective import Objective, Score, score
 from flyball.tuner.study import Problem, summary
-from flyball.tuner.trials import Trial, closest, finalists
+from flyball.tuner.trials import Trial, best, closest, finalists
 
 CONFIDENCE = 0.95
 
@@ -110,7 +110,7 @@ class Comparison:
         return {name: math.fsum(s.margins[name] for s in scores) / len(scores) for name in scores[0].margins}
 
 
-Outcome = Literal["gain", "keeps the SLO", "no gain", "not confirmed", "infeasible"]
+Outcome = Literal["gain", "keeps the SLO", "no gain", "not confirmed", "not compared", "infeasible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def compare(
     if len(workloads) < 2:
         raise InvalidInput(f"an interval needs at least 2 pairs of windows, not {len(workloads)}; raise --repeats")
     default = problem.lattice.default
-    ranked = finalists(trials, problem.objective, candidates, lambda v: problem.lattice.distance(v, default))
+    ranked = finalists(trials, problem.objective, candidates, problem.from_default)
     if not ranked or ranked[0].kind == "default":
         return None
     ranked = [trial for trial in ranked if trial.kind != "default"]
@@ -177,17 +177,22 @@ def _choose(ranked: Sequence[Trial], again: Sequence[Score], objective: Objectiv
     return max(steady, key=lambda ts: objective.gain((ts[0].score.value + ts[1].value) / 2, 0.0))[0]
 
 
-def verdict(trials: Sequence[Trial], comparison: Comparison | None) -> Verdict:
+def verdict(trials: Sequence[Trial], problem: Problem, comparison: Comparison | None) -> Verdict:
     """Say plainly what came out."""
     if comparison is not None:
         return _compared(comparison)
-    if any(t.score.feasible for t in trials):
-        return Verdict(
-            outcome="no gain",
-            sentence=f"no gain: none of {len(trials)} configurations beat the default, which keeps the SLO",
-            recommended=None,
-        )
-    return Verdict(outcome="infeasible", sentence=_infeasible(trials), recommended=None)
+    top = best(trials, problem.objective, problem.from_default)
+    if top is None:
+        return Verdict(outcome="infeasible", sentence=_infeasible(trials), recommended=None)
+    if top.kind == "default":
+        sentence = f"no gain: none of {len(trials)} configurations beat the default, which keeps the SLO"
+        return Verdict(outcome="no gain", sentence=sentence, recommended=None)
+    default = next(t for t in trials if t.kind == "default")
+    sentence = (
+        f"best of the search: {problem.objective.metric} {top.score.value:.4g}, default {default.score.value:.4g}; "
+        "not measured again, so part of the difference may be luck"
+    )
+    return Verdict(outcome="not compared", sentence=sentence, recommended=top.values)
 
 
 def _infeasible(trials: Sequence[Trial]) -> str:

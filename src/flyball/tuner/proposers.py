@@ -15,7 +15,6 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
-from scipy.stats.qmc import Sobol
 
 from flyball.core.errors import InvalidInput
 from flyball.core.knobs import Configuration
@@ -23,6 +22,7 @@ from flyball.tuner.objective import Objective, Score
 from flyball.tuner.space import Lattice, Point
 
 ENUMERABLE = 4096  # lattices up to this size are searched whole for a free point
+DESIGNS = 64  # start designs of which the most even is taken
 DRAWS = 16  # suggestions of a sampler that may be unusable before the nearest free point is taken
 
 
@@ -79,28 +79,32 @@ def propose(
         return point not in taken and lattice.legal(point)
 
     sampler = SAMPLERS[strategy.sampler]
+    rng = np.random.default_rng([strategy.seed, len(seen)])
     draws: Iterable[Point]
-    if len(seen) <= strategy.starts or not learnt:
-        draws = spread(lattice, strategy.seed, (len(seen) + DRAWS).bit_length())[len(seen) - 1 :]
-    elif sampler is None:
-        rng = np.random.default_rng([strategy.seed, len(seen)])
+    if len(seen) <= strategy.starts:
+        draws = [spread(lattice, strategy.starts, np.random.default_rng(strategy.seed))[len(seen) - 1]]
+    elif sampler is None or not learnt:
         draws = [lattice.at(u) for u in rng.random((DRAWS, len(lattice.axes)))]
     else:
-        seed = np.random.default_rng([strategy.seed, len(seen)]).integers(2**31)
-        draws = _draws(lattice, objective, seen, sampler(int(seed)))
+        draws = _draws(lattice, objective, seen, sampler(int(rng.integers(2**31))))
     wish = None
     for point in draws:
         if free(point):
             return lattice.values(point)
         wish = wish or point
     assert wish is not None
-    return lattice.values(_nearest_free(lattice, wish, free, strategy.seed))
+    return lattice.values(_nearest_free(lattice, wish, free, rng))
 
 
-def spread(lattice: Lattice, seed: int, count_log2: int) -> list[Point]:
-    """Points spread evenly: of the first 2^k, one lies in each of 2^k equal parts of every axis (scrambled Sobol')."""
-    engine = Sobol(len(lattice.axes), scramble=True, rng=np.random.default_rng(seed))
-    return [lattice.at(u) for u in engine.random_base2(count_log2)]
+def spread(lattice: Lattice, count: int, rng: np.random.Generator) -> list[Point]:
+    """Points spread evenly: one in each of `count` equal parts of every axis, and far from each other.
+
+    A Latin hypercube, of many the one whose nearest two points are farthest apart (Johnson, Moore and Ylvisaker, 1990).
+    """
+    strata = np.tile(np.arange(count), (DESIGNS, len(lattice.axes), 1))
+    designs = (rng.permuted(strata, axis=2).transpose(0, 2, 1) + 0.5) / count  # [design, point, axis]
+    gaps = np.linalg.norm(designs[:, :, None] - designs[:, None], axis=-1) + 2 * np.eye(count) * len(lattice.axes)
+    return [lattice.at(u) for u in designs[gaps.min(axis=(1, 2)).argmax()]]
 
 
 def _draws(
@@ -134,7 +138,7 @@ def constraints_of(score: Score) -> dict[str, float]:
     return {**score.margins, "failed": 1.0 if score.failure else -1.0}
 
 
-def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], seed: int) -> Point:
+def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], rng: np.random.Generator) -> Point:
     """The free point nearest to a wish: of all, or in a large lattice of those around it and a spread of others."""
     if lattice.size <= ENUMERABLE:
         candidates = [p for p in lattice.points() if free(p)]
@@ -142,7 +146,8 @@ def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], 
         ring = {wish}
         for _ in range(3):
             ring |= {q for p in sorted(ring) for q in lattice.neighbours(p)}
-        candidates = [p for p in sorted(ring.union(spread(lattice, seed, 12))) if free(p)]
+        others = {lattice.at(u) for u in rng.random((ENUMERABLE, len(lattice.axes)))}
+        candidates = [p for p in sorted(ring | others) if free(p)]
     if not candidates:
         raise InvalidInput("no legal configuration is left to try; widen the knobs or relax the constraints")
     wanted = lattice.values(wish)

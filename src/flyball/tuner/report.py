@@ -40,7 +40,7 @@ class Report:
         """The challenger, or the best of the search where nothing was compared."""
         if self.comparison is not None:
             return self.comparison.challenger
-        return best(self.trials, self.problem.objective, self._distance)
+        return best(self.trials, self.problem.objective, self.problem.from_default)
 
     def best_so_far(self) -> list[float | None]:
         """The best value of any promise-keeping trial up to each trial."""
@@ -51,9 +51,6 @@ class Report:
             kept += [trial.score.value] if trial.score.feasible else []
             line.append(better(kept, default=None))
         return line
-
-    def _distance(self, values: Configuration) -> float:
-        return self.problem.lattice.distance(values, self.problem.lattice.default)
 
 
 def apply_command(values: Configuration, url: str) -> str:
@@ -126,7 +123,9 @@ def _finite(value: Any) -> Any:  # noqa: ANN401  # plain data of any shape
 def html(report: Report, url: str) -> str:
     """One page that needs nothing else: no script, no network, light or dark as the reader likes."""
     problem = report.problem
-    tone = {"gain": "good", "keeps the SLO": "good", "no gain": "plain"}.get(report.verdict.outcome, "bad")
+    tone = {"gain": "good", "keeps the SLO": "good", "no gain": "plain", "not compared": "plain"}.get(
+        report.verdict.outcome, "bad"
+    )
     sections = [
         f'<p class="eyebrow">Flyball tune · {escape(problem.service)} · {escape(report.written)}</p>',
         f"<h1>{escape(_headline(report))}</h1>",
@@ -157,6 +156,7 @@ def _headline(report: Report) -> str:
         "keeps the SLO": "The SLO is kept, which the default breaks",
         "no gain": "No gain over the default configuration",
         "not confirmed": "The best configuration did not hold",
+        "not compared": "Best configuration of the search",
         "infeasible": "No configuration keeps the SLO",
     }[report.verdict.outcome]
 

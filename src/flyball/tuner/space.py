@@ -210,7 +210,7 @@ def _read(knob: Knob, text: str) -> Value:
     if knob.kind == "bool":
         return knob.check({"true": True, "false": False}.get(text.lower(), text))
     try:
-        return knob.check(float(text))
+        return knob.check(int(text) if text.lstrip("+-").isdecimal() else float(text))
     except ValueError as error:
         if isinstance(error, InvalidKnob):
             raise

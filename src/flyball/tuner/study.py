@@ -20,6 +20,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from flyball.core.errors import EngineFailed, InvalidInput, InvalidKnob, VersionConflict
+from flyball.core.knobs import Configuration
 from flyball.core.metrics import MetricsWindow
 from flyball.core.ports import LoadProgress
 from flyball.core.slo import Latency, SloBound
@@ -29,7 +30,7 @@ from flyball.tuner.proposers import Observation, Strategy, constraints_of, exhau
 from flyball.tuner.space import Lattice
 from flyball.tuner.trials import Kind, Trial
 
-_PROBLEM, _TRIAL = "flyball:problem", "flyball:trial"  # keys of user attributes
+_PROBLEM, _TRIAL, _FOUND = "flyball:problem", "flyball:trial", "flyball:found"  # keys of user attributes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,10 @@ class Problem:
     bounds: tuple[SloBound, ...]
     workload: str  # the source of the workload: how to make it again
     service: str = ""  # what is tuned, in words
+
+    def from_default(self, values: Configuration) -> float:
+        """How far a configuration is from the default, from 0 to 1."""
+        return self.lattice.distance(values, self.lattice.default)
 
     def describe(self) -> dict[str, Any]:
         """As plain data, for the study's file and for reports."""
@@ -99,6 +104,17 @@ def opened(storage: str, name: str, problem: Problem, *, resume: bool = False) -
     finally:
         database.remove_session()
         database.engine.dispose()
+
+
+def remember_found(study: optuna.Study, values: Configuration | None) -> None:
+    """Note the configuration to put back when the study's run ends; None once that is done."""
+    study.set_user_attr(_FOUND, None if values is None else dict(values))
+
+
+def recall_found(study: optuna.Study) -> Configuration | None:
+    """What a run that was killed had found and could not put back."""
+    found: Configuration | None = study.user_attrs.get(_FOUND)
+    return found
 
 
 def latest(storage: str) -> str:

@@ -20,6 +20,7 @@ from helpers.simulated_engine import SimulatedEngine, poisson
 from helpers.studies import problem, rig
 
 GOODPUT = Objective.parse("goodput")
+PROBLEM = problem(SimulatedEngine())
 DEFAULT: Configuration = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "prefix_caching": True}
 
 
@@ -61,7 +62,7 @@ def test_one_pair_proves_nothing() -> None:
 def test_a_null_landscape_rarely_shows_a_gain(rng: np.random.Generator) -> None:
     """With 5 % noise and no difference at most 5 % of 1000 comparisons claim a gain (2.5 % is nominal)."""
     noise = rng.lognormal(0, 0.05, (1000, 4, 2)) * 10
-    claims = [verdict([], comparison([(a, b) for a, b in row])).outcome == "gain" for row in noise]
+    claims = [verdict([], PROBLEM, comparison([(a, b) for a, b in row])).outcome == "gain" for row in noise]
     assert np.mean(claims) <= 0.05
 
 
@@ -69,7 +70,7 @@ def test_a_real_gain_is_found(rng: np.random.Generator) -> None:
     """With 5 % noise a 30 % gain is claimed in at least 95 % of 300 comparisons, and its interval holds the truth."""
     noise = rng.lognormal(0, 0.05, (300, 4, 2))
     seen = [comparison([(10 * a, 13 * b) for a, b in row]) for row in noise]
-    assert np.mean([verdict([], c).outcome == "gain" for c in seen]) >= 0.95
+    assert np.mean([verdict([], PROBLEM, c).outcome == "gain" for c in seen]) >= 0.95
     held = [c.relative_gain is not None and c.relative_gain.low <= 0.3 <= c.relative_gain.high for c in seen]
     assert np.mean(held) >= 0.9
 
@@ -95,7 +96,7 @@ def test_a_real_gain_is_found(rng: np.random.Generator) -> None:
 )
 def test_the_verdict_is_plain(seen: Comparison, outcome: str, sentence: str) -> None:
     """One word, one sentence with interval and windows kept, and only a better configuration is recommended."""
-    found = verdict([], seen)
+    found = verdict([], PROBLEM, seen)
     assert found.outcome == outcome
     assert sentence in found.sentence
     assert (found.recommended is not None) == (outcome in ("gain", "keeps the SLO"))
@@ -103,19 +104,28 @@ def test_the_verdict_is_plain(seen: Comparison, outcome: str, sentence: str) -> 
 
 def test_no_challenger_no_gain() -> None:
     """The default was best: said plainly, with nothing to apply."""
-    found = verdict([trial(0, 64, 5.0, kind="default"), trial(1, 8, 4.0)], None)
+    found = verdict([trial(0, 64, 5.0, kind="default"), trial(1, 8, 4.0)], PROBLEM, None)
     assert (found.outcome, found.recommended) == ("no gain", None)
     assert "none of 2 configurations beat the default" in found.sentence
 
 
+def test_a_search_without_comparison_claims_no_gain() -> None:
+    """Its best is recommended with the warning that it was measured once."""
+    found = verdict([trial(0, 64, 5.0, kind="default"), trial(1, 8, 9.0)], PROBLEM, None)
+    assert found.outcome == "not compared"
+    assert "goodput 9, default 5; not measured again" in found.sentence
+    assert found.recommended is not None
+    assert found.recommended["max_num_seqs"] == 8
+
+
 def test_nothing_feasible_names_the_closest() -> None:
     """How far it is off, and what can be done."""
-    found = verdict([trial(0, 64, 5.0, 3.0, "default"), trial(1, 8, 4.0, 0.25)], None)
+    found = verdict([trial(0, 64, 5.0, 3.0, "default"), trial(1, 8, 4.0, 0.25)], PROBLEM, None)
     assert found.outcome == "infeasible"
     assert "the closest is max_num_seqs=8" in found.sentence
     assert "breaks slo by 25%: lower the load, relax the promise or widen the knobs" in found.sentence
     failed = Trial(number=0, kind="default", values=DEFAULT, score=Score(value=0, margins={"slo": 10.0}, failure="x"))
-    assert verdict([failed], None).sentence == "infeasible: none of 1 configurations could be measured"
+    assert verdict([failed], PROBLEM, None).sentence == "infeasible: none of 1 configurations could be measured"
 
 
 def run(problem_: Problem, engine: SimulatedEngine, trials: list[Trial], loads: list[Workload]) -> Comparison | None:

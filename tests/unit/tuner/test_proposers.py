@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from flyball.core.errors import InvalidInput
@@ -46,12 +47,15 @@ def test_the_default_comes_first() -> None:
     assert propose(LATTICE, GOODPUT, [], Strategy()) == LATTICE.default
 
 
-def test_the_start_is_spread_over_every_knob() -> None:
-    """Of the four start points one lies in each quarter of each axis."""
-    points = spread(LATTICE, 0, 2)
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_the_start_is_spread_over_every_knob(count: int, rng: np.random.Generator) -> None:
+    """Of n start points one lies in each n-th part of each axis that has at least n levels."""
+    points = spread(LATTICE, count, rng)
     for i, axis in enumerate(LATTICE.axes):
-        if len(axis.levels) % 4 == 0:
-            assert sorted(p[i] * 4 // len(axis.levels) for p in points) == [0, 1, 2, 3]
+        if len(axis.levels) % count == 0:
+            assert sorted(p[i] * count // len(axis.levels) for p in points) == list(range(count))
+        if len(axis.levels) >= count:
+            assert len({p[i] for p in points}) == count
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -119,7 +123,7 @@ def test_failed_trials_teach_to_stay_away() -> None:
 
     runs = [search(LATTICE, Strategy(seed=s), 30, crashes) for s in range(4)]
     late = [o for run in runs for o in run[15:]]
-    assert share_failed(late) <= 0.15  # 30 % of the levels fail
+    assert share_failed(late) <= 0.25  # 32 % by chance
 
 
 def test_an_off_lattice_default_does_not_confuse_the_sampler() -> None:

@@ -26,7 +26,7 @@ def report_of(path: Path, engine: SimulatedEngine, problem_: Problem, trials: in
     seen = compare(problem_, rig(engine), found, [poisson(seed=s) for s in (1, 2, 3)]) if compared else None
     return Report(
         study="s", problem=problem_, strategy=Strategy(), trials=tuple(found), comparison=seen,
-        verdict=verdict(found, seen), stopped=why, written="2026-11-21 12:00",
+        verdict=verdict(found, problem_, seen), stopped=why, written="2026-11-21 12:00",
     )  # fmt: skip
 
 
