@@ -41,7 +41,7 @@ def test_the_held_out_loss_is_near_the_card(part: str, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(bundled_model_path(part), dtype=torch.float32).eval()
     loss = validation_loss(model, ids, 256, windows=24)
     assert abs(loss - CARD[name]) < 0.25
-    assert loss < math.log(len(tokenizer)) / 2
+    assert loss < math.log(len(tokenizer)) - 3  # a uniform guess, far off
 
 
 def test_the_draft_agrees_with_the_target_as_the_card_says() -> None:

@@ -118,29 +118,36 @@ inline void tile_columns(int c, const bf16* x, int64_t ldx, const bf16* w, int64
     }
 }
 
-// x [M, K] bf16 times a packed weight [K, N]; columns are shared out in groups of four panels.
+// x [M, K] bf16 times a packed weight [K, N]. A task is a block of columns, whose weights stay in L2, times a block of
+// rows; within it each four panels meet all rows before the next four, so that a row block is read from L2 as well.
 void linear(const bf16* x, int64_t m, int64_t k, const bf16* w, int64_t n, const Target& to) {
     if (m == 0) return;
+    constexpr int64_t L2_ELEMENTS = 256 * 1024;  // half a megabyte of weights
     const int64_t panels = (n + 15) / 16;
     const int64_t groups = (panels + 3) / 4;
-    const int64_t rows_a_task = m <= 96 ? m : 48;  // rows that stay in L2 beside a group of panels
+    const int64_t rows_a_task = m <= 96 ? m : 48;
     const int64_t row_tasks = (m + rows_a_task - 1) / rows_a_task;
+    const int64_t groups_a_task = m <= 96 ? 1 : std::clamp<int64_t>(L2_ELEMENTS / (64 * k), 1, 8);
+    const int64_t column_tasks = (groups + groups_a_task - 1) / groups_a_task;
 #pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t block = 0; block < column_tasks; ++block) {
         for (int64_t task = 0; task < row_tasks; ++task) {
-            const int64_t panel = group * 4;
-            const int c = (int)std::min<int64_t>(4, panels - panel);
-            const bf16* weights = w + panel * 16 * k;
             const int64_t end = std::min(m, (task + 1) * rows_a_task);
-            int64_t row = task * rows_a_task;
-            for (; row + 6 <= end; row += 6) tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row);
-            switch (end - row) {
-                case 5: tile_columns<5>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                case 4: tile_columns<4>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                case 3: tile_columns<3>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                case 2: tile_columns<2>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                case 1: tile_columns<1>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                default: break;
+            const int64_t last = std::min(groups, (block + 1) * groups_a_task);
+            for (int64_t group = block * groups_a_task; group < last; ++group) {
+                const int64_t panel = group * 4;
+                const int c = (int)std::min<int64_t>(4, panels - panel);
+                const bf16* weights = w + panel * 16 * k;
+                int64_t row = task * rows_a_task;
+                for (; row + 6 <= end; row += 6) tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row);
+                switch (end - row) {
+                    case 5: tile_columns<5>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                    case 4: tile_columns<4>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                    case 3: tile_columns<3>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                    case 2: tile_columns<2>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                    case 1: tile_columns<1>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                    default: break;
+                }
             }
         }
     }
