@@ -50,8 +50,10 @@ def tune(
     now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
     if name is None:
         name = studies.latest(url) if resume else f"tune-{now:%Y%m%d-%H%M%S}"
-    console.print(f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}")
-    console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}")
+    console.print(
+        f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}", soft_wrap=True
+    )
+    console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}", soft_wrap=True)
     with studies.opened(url, name, problem, resume=resume) as study, _restored(study, problem, rig, console) as keep:
         stopped = _search(study, problem, rig, strategy, trials, console)
         found = studies.history(study)
@@ -144,7 +146,7 @@ def _search(
             bars.update(window, completed=0, description=f"requests of trial {progress.number}")
             if progress.finished is not None:
                 found.append(progress.finished)
-                bars.console.print(_line(progress.finished, problem))
+                bars.console.print(_line(progress.finished, problem), soft_wrap=True)
                 bars.update(whole, advance=1, note=_best_note(found, problem))
 
         return studies.run(
@@ -208,7 +210,7 @@ def show(report: Report) -> None:
         if report.comparison is not None:
             _compared_rows(table, report.comparison)
         console.print(table)
-    console.print(f"[bold]{escape(report.verdict.sentence)}[/]")
+    console.print(f"[bold]{escape(report.verdict.sentence)}[/]", soft_wrap=True)
 
 
 def _compared_rows(table: Table, c: Comparison) -> None:
