@@ -27,6 +27,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # two processes load optuna
 @pytest.mark.parametrize("configurations", [1, 4])
 def test_kill_9_in_a_trial_loses_that_trial_only(tmp_path: Path, configurations: int) -> None:
     """Every finished trial survives, the lost configuration is tried again, and the old configuration comes back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flyball.adapters.engines.flyball_http import FlyballTarget
+    from flyball.core.metrics import MetricsWindow
+    from flyball.core.ports import Load, LoadProgress
+    from flyball.core.slo import Slo
     from flyball.core.workload import Workload
     from flyball.tuner.objective import Objective
     from flyball.tuner.space import Lattice
@@ -137,11 +140,11 @@ def run(
                 fixed=(input_tokens, output_tokens), lengths=lengths, seed=seed + variant,
             )  # fmt: skip
 
-        load = HttpLoad(
+        load = _DoubtedLoad(HttpLoad(
             url=facts.url, model=facts.model, vocab_size=vocab_size or facts.vocab_size,
             prompt_seed=secrets.randbits(32) if prompt_seed is None else prompt_seed, timeout_s=timeout,
             extensions=extensions, api_key=api_key,
-        )  # fmt: skip
+        ))  # fmt: skip
         first = workload(0)
         rig = Rig(
             target=target, load=load, slo=Slo.from_bounds(bounds), workload=first,
@@ -157,7 +160,31 @@ def run(
         )  # fmt: skip
         tune_session.show(found)
         tune_session.write(found, report, target.url)
+        if load.doubts:
+            console.print(
+                f"[bold red]in {len(load.doubts)} of {load.runs} windows the client was the bottleneck[/]; the last: "
+                f"{load.doubts[-1]}"
+            )
         console.print(f"report: {report} and {report.with_suffix('.json')}; study: {found.study} in {study}")
+
+
+@dataclass
+class _DoubtedLoad:
+    """A load that notes each window which tells more about the client than about the server."""
+
+    load: Load
+    runs: int = 0
+    doubts: list[str] = field(default_factory=list)
+
+    def run(self, workload: Workload, slo: Slo, generation: str, progress: LoadProgress | None = None) -> MetricsWindow:
+        """Replay, and look at the client."""
+        from flyball.adapters.loadgen import client_bound
+
+        window = self.load.run(workload, slo, generation, progress)
+        self.runs += 1
+        if doubt := client_bound(window):
+            self.doubts.append(doubt)
+        return window
 
 
 def _check_options(engine: str, url: str | None, *, apply: bool, repeats: int) -> None:
