@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types unit test check demo bench
+.PHONY: help setup fmt lint types unit test check sweep demo bench
 
 # The first Python from 3.11 on that runs and can make virtual environments; PYTHON=... overrides it.
 PYTHON = $(shell for p in python3.11 python3.12 python3; do \
@@ -43,10 +43,13 @@ types: $(INSTALLED)  ## mypy, strict
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## the fast tests: doctests of the pure packages, unit and property tests
-	$(PYTEST) -m 'not slow and not gpu' $(PURE) tests/unit $(wildcard tests/property)
+	$(PYTEST) -m 'not slow and not sweep and not gpu' $(PURE) tests/unit $(wildcard tests/property)
 
 test: $(INSTALLED)  ## every test that needs no GPU
-	$(PYTEST) -m 'not gpu' $(PURE) tests
+	$(PYTEST) -m 'not sweep and not gpu' $(PURE) tests
+
+sweep: $(INSTALLED)  ## the exhaustive proofs that `make test` samples: some ten minutes
+	$(PYTEST) -m sweep tests
 
 check: lint types unit  ## what to run before each commit
 

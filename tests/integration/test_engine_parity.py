@@ -70,32 +70,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("blocks", ["ample", "tight"])
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_greedy_equals_generate_under_every_policy(name: str, block_size: int, blocks: str, folder: Path) -> None:
-    """Every legal pair of budget 1..64 and concurrency 1..16 gives the same tokens; a tight pool must preempt."""
+LEGAL = [(seqs, budget) for seqs in range(1, 17) for budget in range(seqs, 65)]
+CASES = [(name, size, pool) for name in CONFIGS for size in (4, 16) for pool in ("ample", "tight")]
+
+
+def check_parity(name: str, block_size: int, pool: str, policies: list[tuple[int, int]], folder: Path) -> None:
+    """Serve all prompts under each (concurrency, budget) in turn, changed live, and compare every token."""
     path, wanted = checkpoint(name, folder)
     longest = max(len(p) for p in prompts()) + OUTPUT
     tight = -(-longest // block_size) + (2 if block_size == 4 else 1)
     core = EngineCore(
         EngineConfig(
-            model=path, block_size=block_size, num_blocks=tight if blocks == "tight" else None, max_num_seqs=16,
+            model=path, block_size=block_size, num_blocks=tight if pool == "tight" else None, max_num_seqs=16,
             max_num_batched_tokens=64, max_model_len=tight * block_size, threads=1,
         )
     )  # fmt: skip
-    for seqs in range(1, 17):
-        for budget in range(seqs, 65):
-            core.update_runtime({"max_num_seqs": seqs, "max_num_batched_tokens": budget})
-            if (seqs + budget) % 3:  # else the next run meets this one's prefixes
-                core.scheduler.kv.pool.flush()
-            assert core.generate(prompts(), GREEDY) == wanted, f"budget {budget}, concurrency {seqs}"
-            core.scheduler.kv.pool.check_integrity([])
-            assert core.stats.blocks_used == 0
-    assert core.stats.prompt_tokens_cached > 0
-    assert (core.stats.preemptions > 0) == (blocks == "tight")
+    for seqs, budget in policies:
+        core.update_runtime({"max_num_seqs": seqs, "max_num_batched_tokens": budget})
+        if (seqs + budget) % 3:  # else the next run meets this one's prefixes
+            core.scheduler.kv.pool.flush()
+        assert core.generate(prompts(), GREEDY) == wanted, f"budget {budget}, concurrency {seqs}"
+        core.scheduler.kv.pool.check_integrity([])
+        assert core.stats.blocks_used == 0
+    if block_size == 4:  # no prompt fills a block of 16
+        assert core.stats.prompt_tokens_cached > 0
+    assert (core.stats.preemptions > 0) == (pool == "tight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "block_size", "pool"), CASES)
+def test_greedy_equals_generate_whatever_the_policy(name: str, block_size: int, pool: str, folder: Path) -> None:
+    """Sixty of the legal policies, another sixty for each case, give the tokens of `generate`."""
+    sampled = random.Random(f"{name} {block_size} {pool}").sample(LEGAL, 60)
+    check_parity(name, block_size, pool, sampled, folder)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "block_size", "pool"), CASES)
+def test_greedy_equals_generate_under_every_policy(name: str, block_size: int, pool: str, folder: Path) -> None:
+    """Every legal pair of budget 1..64 and concurrency 1..16 gives the tokens of `generate`; a tight pool preempts."""
+    check_parity(name, block_size, pool, LEGAL, folder)
 
 
 def test_logits_equal_the_stock_model_within_rounding(folder: Path) -> None:
