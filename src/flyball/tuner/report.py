@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -166,14 +166,11 @@ def _tiles(report: Report) -> str:
     tiles = []
     c = report.comparison
     if c is not None:
+        gain, _, interval = describe_gain(c).partition(" [")
         tiles = [
             (f"{objective.metric}, default", f"{c.mean('default'):.4g}", f"mean of {len(c.pairs)} windows"),
             (f"{objective.metric}, best", f"{c.mean('challenger'):.4g}", f"mean of {len(c.pairs)} windows"),
-            (
-                "gain",
-                describe_gain(c).split(" [", maxsplit=1)[0],
-                f"{CONFIDENCE:.0%} in [{describe_gain(c).split('[', maxsplit=1)[1]}",
-            ),
+            ("gain", gain, f"{CONFIDENCE:.0%} in [{interval}"),
         ]
         if report.problem.bounds:
             tiles.append((
@@ -276,6 +273,7 @@ def _knobs(report: Report) -> str:
                 x=axis.rank(t.values[axis.knob.name]), y=t.score.value, feasible=t.score.feasible, title=_describe(t)
             )
             for t in report.trials
+            if t.values[axis.knob.name] in axis.levels
         ]
         names = [_show(level) for level in axis.levels]
         pictures.append(charts.scatter(marks, names, objective.metric, axis.knob.name))
@@ -358,7 +356,7 @@ def _margin(margin: float) -> str:
     return f"{'+' if margin > 0 else '−'}{abs(margin):.0%}"
 
 
-def _show(value: Value | Mapping[str, Value]) -> str:
+def _show(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
