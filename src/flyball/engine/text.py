@@ -6,8 +6,10 @@ The engine itself deals in token ids. Whoever speaks text with a client holds on
 
 from __future__ import annotations
 
+import json
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from flyball.core.errors import InvalidInput
@@ -44,6 +46,10 @@ class Tokenizer(Protocol):
         """A conversation in the model's own form."""
         ...
 
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        """A token as the vocabulary spells it; None for an id beyond it."""
+        ...
+
 
 class TextCodec:
     """One model's text to token ids and back; safe to call from several threads.
@@ -56,10 +62,14 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         self._special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self._decode = self._decoder()
+        self._bytes: dict[int, bytes] = {}  # of single tokens, as they are asked for
+        self._is_byte_level = "ByteLevel" in _decoder_types(tokenizer)
+        self._anchor: list[int] | None = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the special tokens that the tokenizer puts around a text by itself."""
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation in the model's own chat template, up to where the assistant speaks next.
@@ -80,11 +90,42 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out and spaces left as they are."""
-        return self._decoder()(list(ids))
+        return self._decode(list(ids))
 
-    def detokenizer(self, context: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(self, context: Sequence[int] = (), *, show_special: bool = False) -> Detokenizer:
         """Text of one answer as it comes, after a prompt of these ids, whose own text is not given out."""
-        return Detokenizer(self._decoder(), self._special, context)
+        if show_special:
+            return Detokenizer(self._decoder(skip_special_tokens=False), frozenset(), context)
+        return Detokenizer(self._decode, self._special, context)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8; it may be part of a character. A special token is its own name."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        r"""One token as OpenAI shows it: its text, or `bytes:\xf0\x9f` where that is no whole character."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _spell(self, token_id: int) -> bytes:
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # models pad their vocabulary
+            return b""
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return token.encode()
+        if self._is_byte_level:
+            return bytes(_BYTE_OF[character] for character in token)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            return bytes.fromhex(byte[1])
+        if self._anchor is None:  # behind another token, since decoders trim a text's first space
+            self._anchor = self._encode("a", add_special_tokens=False)[-1:]
+        return self._decode([*self._anchor, token_id])[len(self._decode(self._anchor)) :].encode()
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -95,12 +136,36 @@ class TextCodec:
             ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
 
-    def _decoder(self) -> Decode:
+    def _decoder(self, *, skip_special_tokens: bool = True) -> Decode:
         """The Rust tokenizer's own decoding where there is one: the wrapper costs three times the call."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        skip = skip_special_tokens
         if backend is not None:
-            return lambda ids: str(backend.decode(ids, skip_special_tokens=True))
-        return lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return lambda ids: str(backend.decode(ids, skip_special_tokens=skip))
+        return lambda ids: self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+def _decoder_types(tokenizer: Tokenizer) -> set[str]:
+    """The parts that a fast tokenizer's decoder is made of; none for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def types(part: Any) -> Iterator[str]:  # noqa: ANN401  # JSON
+        if part:
+            yield part["type"]
+            for inner in part.get("decoders", ()):
+                yield from types(inner)
+
+    return set(types(json.loads(backend.to_str())["decoder"])) if backend is not None else set()
+
+
+def _byte_of() -> dict[str, int]:
+    """Byte-level tokenizers write each byte as one printable character: itself, or the next free one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_of()
 
 
 class Detokenizer:
@@ -173,10 +238,11 @@ class StopStrings:
     (('one ', None), ('STAR ', None), ('', 'STOP'))
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         if not all(stops):
             raise InvalidInput("a stop string is empty; give at least one character, or leave it out")
         self._stops = tuple(stops)
+        self._include = include  # show the stop string, too
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
@@ -187,9 +253,9 @@ class StopStrings:
         text = self._held + text
         matches = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if matches:
-            _, start, stop = min(matches)
+            end, start, stop = min(matches)
             self._held = ""
-            return text[:start], stop
+            return text[: end if self._include else start], stop
         kept = len(text) - self._beginning(text)
         self._held = text[kept:]
         return text[:kept], None

@@ -76,6 +76,39 @@ def test_special_tokens_leave_no_text() -> None:
     assert "".join(detokenizer.push([0]) for _ in range(500)) + detokenizer.flush() == ""
 
 
+@given(ids=IDS | BYTE_IDS)
+def test_the_bytes_of_tokens_join_to_the_text(ids: list[int]) -> None:
+    """Each token's bytes, special ones by their names, are exactly its share of decode(all)."""
+    spelled = b"".join(CODEC.token_bytes(i) for i in ids)
+    whole = str(TOKENIZER.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    assert spelled.decode(errors="replace") == whole
+
+
+def test_a_part_of_a_character_is_shown_as_bytes() -> None:
+    r"""OpenAI's way: `bytes:\xf0\x9f`, so that no two tokens look the same; an id beyond the tokenizer is nothing."""
+    (part, *_) = [i for i in TOKENIZER("🦊")["input_ids"] if "\ufffd" in decode([i])]
+    assert CODEC.token_text(part).startswith("bytes:\\x")
+    texts = [CODEC.token_text(i) for i in range(4, len(TOKENIZER))]
+    assert len(set(texts)) == len(texts)
+    assert CODEC.token_text(10**6) == ""
+
+
+def test_tokens_of_trimming_and_byte_fallback_tokenizers_are_spelled() -> None:
+    """A leading space is the token's own, though decoders trim a text's first; <0xF0> is a byte."""
+    raw = Tokenizer(models.BPE({"▁": 0, "a": 1, "▁a": 2, "<0xF0>": 3, "▁b": 4, "b": 5}, [("▁", "a"), ("▁", "b")]))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    codec = TextCodec(PreTrainedTokenizerFast(tokenizer_object=raw))
+    assert [codec.token_bytes(i) for i in (2, 4, 5, 3)] == [b" a", b" b", b"b", b"\xf0"]
+
+
+def test_special_tokens_are_shown_to_those_who_ask() -> None:
+    """skip_special_tokens=false: the end of a turn by its name."""
+    detokenizer = CODEC.detokenizer(show_special=True)
+    ids = [*TOKENIZER("the cat")["input_ids"], 0]
+    assert "".join(detokenizer.push([i]) for i in ids) == "the cat" + TOKENIZER.convert_ids_to_tokens(0)
+
+
 def test_an_answer_keeps_its_first_space_with_a_trimming_tokenizer() -> None:
     """Decoders that trim a text's first space (Metaspace, as in Llama 2) leave it where the prompt precedes it."""
 
@@ -105,6 +138,12 @@ def test_stop_strings_cut_the_same_place_however_the_text_is_split(
         if hit:
             break
     assert (shown if hit else shown + search.flush(), hit) == expected
+
+
+def test_a_stop_string_is_shown_to_those_who_ask() -> None:
+    """Up to its end, and nothing after it."""
+    search = StopStrings(["STOP"], include=True)
+    assert [search.push(text) for text in ("one ST", "OP two")] == [("one ", None), ("STOP", "STOP")]
 
 
 def test_only_the_beginning_of_a_stop_string_is_held_back() -> None:
