@@ -12,6 +12,7 @@ from helpers.continuous_batching import Engine, Seen, varied
 CPU = Engine(alpha_s=0.012, beta_s=1e-4, gamma_s=2e-6, max_batch=16, max_step_tokens=512)
 CHUNKED = Engine(alpha_s=0.012, beta_s=1e-4, gamma_s=2e-6, max_batch=16, max_step_tokens=128)
 GPU = Engine(alpha_s=0.007, beta_s=2e-5, gamma_s=5e-8, max_batch=64, max_step_tokens=2048)
+TINY = Engine(alpha_s=0.0007, beta_s=1.9e-4, gamma_s=2e-7, max_batch=16, max_step_tokens=512)
 LAW = queue_model("v3-engine")
 
 
@@ -39,6 +40,8 @@ def point(engine: Engine, seen: Seen) -> OperatingPoint:
         pytest.param(CPU, (400, 32, 0.0), 10.5, id="long prompts"),
         pytest.param(CHUNKED, (400, 32, 0.0), 8.0, id="prompts in chunks"),
         pytest.param(GPU, (512, 128, 0.0), 32.8, id="large batch"),
+        pytest.param(TINY, (250, 48, 0.0), 16.4, id="steps short, prompts long"),
+        pytest.param(TINY, (400, 32, 0.0), 11.6, id="prompts that arrive in bursts"),
     ],
 )
 def test_means_agree_with_the_simulated_engine(

@@ -38,6 +38,7 @@ class Occupancy:
     waiting: Floats
     accepted: Floats  # share of arrivals that find a place
     idle: Floats  # probability that nobody is present
+    full: Floats  # probability that nobody more can be served at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,4 +121,5 @@ def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
         waiting=tail * tail_waiting / total,
         accepted=(head_sum + tail * tail_open) / total,
         idle=np.exp(-scale) / total,
+        full=tail * tail_sum / total,
     )

@@ -2,8 +2,9 @@
 
 An engine step takes alpha + beta * tokens computed + gamma * tokens of KV cache read. A request of n tokens in and m
 out passes c prefill steps and d decode steps, and adds delta seconds of work to each. From the time that a whole life
-takes in a batch of B follows a service rate for every B; with Poisson arrivals, a birth-death chain.
-The equations are those of llm-inferno's queue-analysis (design notes: docs/theory/queueing.md).
+takes in a batch of B follows a service rate for every B; with Poisson arrivals, a birth-death chain. How latencies are
+read from the chain differs: here as llm-inferno's queue-analysis does, in `queue_engine` as engines behave (both, with
+their sources and limits: docs/theory/queueing.md).
 
 symbol   shape   meaning                                                      unit
 n, m     [C]     mean tokens in and out of a request
@@ -22,15 +23,17 @@ X, W             mean number in service; mean wait                            -,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flyball.numerics.markov import Floats, Ints, ServiceRates, occupancy
-from flyball.performance.queueing import Metrics, Queues, Replicas
+from flyball.performance.queueing import Metrics, Queues, Replicas, take_rows
 
-_RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates, as queue-analysis does
+_RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates (planner.md 2.1, step 4)
 _NEXT_TO_NOTHING = 1e-15  # stands for 0 where 0 / 0 has a limit: tokens, and load relative to the smallest rate
 
 
@@ -40,7 +43,7 @@ def _batch_allowed(c: Floats | float, n: Floats, d: Floats, limit: Floats) -> Fl
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Life:
+class Life:
     """The work of one request; all [C, 1], so that batches or rates can run along the second axis."""
 
     alpha: Floats
@@ -62,13 +65,18 @@ class _Life:
             chunks[cut] = np.where(_batch_allowed(c, n, d, limit) < b, c + 1, c)
         return chunks
 
+    @property
+    def token_work(self) -> Floats:
+        """Own work of one decode step, w_dec / d."""
+        return self.beta + self.gamma * (self.n + (self.d + 1) / 2)
+
     def prefill_work(self, c: Floats) -> Floats:
+        """w_pre(c)."""
         return (self.beta + self.gamma * (c + 1) / 2) * self.n
 
     def added(self, c: Floats) -> Floats:
         """delta(c)."""
-        decode = self.d * (self.beta + self.gamma * (self.n + (self.d + 1) / 2))
-        return (self.prefill_work(c) + decode) / (c + self.d)
+        return (self.prefill_work(c) + self.d * self.token_work) / (c + self.d)
 
     def rates(self, batch: Floats) -> Floats:
         """mu(B)."""
@@ -79,8 +87,40 @@ class _Life:
         """Time of a step as its other requests make it."""
         return np.maximum(self.alpha + (batch - 1) * self.added(c), 0.0)
 
-    def take(self, rows: Ints) -> _Life:
-        return _Life(*(getattr(self, name)[rows] for name in _Life.__slots__))
+
+class Steady(NamedTuple):
+    """What the chain says of replicas at their loads, each [C, R]."""
+
+    throughput: Floats
+    service: Floats  # S: time in the batch
+    wait: Floats  # W: time for a place in it
+    in_service: Floats  # X
+    batch: Floats  # N
+    chunks: Floats  # c at X
+    running: Floats  # probability that anybody is in service
+    room: Floats  # of those who are admitted while it runs, the share who find a place in the batch
+
+
+class Latencies(NamedTuple):
+    """Seconds that a request sees, each [C, R]."""
+
+    ttft: Floats
+    itl: Floats
+    wait: Floats
+    prefill: Floats
+    response: Floats
+
+
+Reading = Callable[[Life, Steady], Latencies]
+
+
+def first_token_decoded(life: Life, seen: Steady) -> Latencies:
+    """The original's reading: a decode step after the prefill emits the first token, others add (X - 1) delta."""
+    prefill = seen.chunks * life.background(seen.chunks, seen.in_service) + life.prefill_work(seen.chunks)
+    decodes = life.d > 0  # without decode steps the prefill is the whole service
+    prefill = np.where(decodes, prefill, seen.service)
+    itl = np.where(decodes, (seen.service - prefill) / np.where(decodes, life.d, 1.0), 0.0)
+    return Latencies(seen.wait + prefill + itl, itl, seen.wait, prefill, seen.wait + seen.service)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +128,8 @@ class _V3Queues:
     """Prepared replicas; see `flyball.performance.queueing.Queues`."""
 
     compat: bool
-    first_token_decoded: bool
-    life: _Life
+    reading: Reading
+    life: Life
     service: ServiceRates
     valid: NDArray[np.bool_]
     min_rate_rps: Floats
@@ -108,24 +148,16 @@ class _V3Queues:
         return Metrics(*(v if rates.ndim == 2 else v[:, 0] for v in metrics))
 
     def _analyze(self, lam: Floats, offered: Floats) -> tuple[Floats, ...]:
-        life, most = self.life, self.service.servers[:, None].astype(np.float64)
-        seen = occupancy(self.service, lam)
-        x = seen.in_service
-        throughput = lam * seen.accepted
-        service, wait = x / throughput, seen.waiting / throughput
-        c = life.chunks(np.clip(np.floor(x + 0.5), 1, most))
-        own, step = life.prefill_work(c), service / (c + life.d)
-        background = life.background(c, x) if self.first_token_decoded else step - life.added(c)
-        decodes = life.d > 0
-        prefill = np.where(decodes, c * background + own, service)
-        itl = np.where(decodes, (service - prefill) / np.where(decodes, life.d, 1.0), 0.0)
-        if self.first_token_decoded:
-            ttft = wait + prefill + itl
-        else:  # whoever finds the engine busy first sits out the step in progress
-            wait = wait + (1 - seen.idle) * (step + throughput * own * own / c) / 2
-            ttft = wait + prefill
-        response = wait + service
-        return (np.minimum(throughput, offered), ttft, itl, wait, prefill, response, x, x / most, 1 - seen.accepted)
+        most = self.service.servers[:, None].astype(np.float64)
+        chain = occupancy(self.service, lam)
+        x, throughput = chain.in_service, lam * chain.accepted
+        c = self.life.chunks(np.clip(np.floor(x + 0.5), 1, most))
+        running = 1 - chain.idle
+        room = np.clip(1 - chain.full / np.maximum(running, _NEXT_TO_NOTHING), 0.0, 1.0) / chain.accepted
+        seen = Steady(throughput, x / throughput, chain.waiting / throughput, x, most, c, running, room)
+        ttft, itl, wait, prefill, response = self.reading(self.life, seen)
+        served = np.minimum(throughput, offered)
+        return served, ttft, itl, wait, prefill, response, x, x / most, 1 - chain.accepted
 
     def batch_within(self, *, itl_s: Floats, prefill_s: Floats) -> tuple[Ints, Ints]:
         """Largest batch within an ITL, and within a prefill time, by the closed forms (no waiting)."""
@@ -133,7 +165,6 @@ class _V3Queues:
         batch = np.arange(1.0, servers.max() + 1)[None, :]
         c = life.chunks(batch)
         background = life.background(c, batch)
-        itl = background + life.beta + life.gamma * (life.n + (life.d + 1) / 2)
         prefill = c * background + life.prefill_work(c)
         exists = batch <= servers[:, None]
 
@@ -141,37 +172,37 @@ class _V3Queues:
             most: Floats = ((fits & exists) * batch).max(axis=1)
             return np.maximum(most, 1).astype(np.int64)
 
-        return largest(itl <= itl_s[:, None]), largest(prefill <= prefill_s[:, None])
+        return largest(background + life.token_work <= itl_s[:, None]), largest(prefill <= prefill_s[:, None])
 
     def take(self, rows: Ints) -> _V3Queues:
         """Some of the replicas."""
         return _V3Queues(
-            self.compat, self.first_token_decoded, self.life.take(rows), self.service.take(rows), self.valid[rows],
+            self.compat, self.reading, take_rows(self.life, rows), self.service.take(rows), self.valid[rows],
             self.min_rate_rps[rows], self.max_rate_rps[rows], self.capacity_rps[rows], self.best_batch[rows],
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class _V3:
-    """The law, in one of its readings."""
+class ChunkedPrefill:
+    """The model, with a reading of its latencies."""
 
+    reading: Reading
+    decode_steps_saved: int = 0  # 1 where the last prefill step emits the first token
     compat: bool = False  # with the original's defects: a replica without room for two is invalid; capacity is mu(N)
-    first_token_decoded: bool = True  # False: the last prefill step emits it, as vLLM, SGLang and our engine do
 
     def prepare(self, replicas: Replicas) -> Queues:
         """Service rates for every batch of every replica."""
         r = replicas
-        d = r.output_tokens if self.first_token_decoded else np.maximum(r.output_tokens - 1, 0.0)
-        life = _Life(*(v[:, None] for v in (r.alpha_s, r.beta_s, r.gamma_s, r.input_tokens, d, r.max_step_tokens)))
+        d = np.maximum(r.output_tokens - self.decode_steps_saved, 0.0)
+        life = Life(*(v[:, None] for v in (r.alpha_s, r.beta_s, r.gamma_s, r.input_tokens, d, r.max_step_tokens)))
         batch = np.arange(1.0, r.max_batch.max() + 1)[None, :]
         mu = life.rates(batch)
-        rows = np.arange(len(r))
         within = np.where(batch <= r.max_batch[:, None], mu, 0.0)
         best = r.max_batch if self.compat else 1 + np.argmax(within, axis=1)
-        capacity = mu[rows, best - 1]
+        capacity = mu[np.arange(len(r)), best - 1]
         return _V3Queues(
             compat=self.compat,
-            first_token_decoded=self.first_token_decoded,
+            reading=self.reading,
             life=life,
             service=ServiceRates.of(mu, r.max_batch, r.max_queue),
             valid=(r.max_batch + r.max_queue > 1) | (not self.compat),
@@ -182,6 +213,5 @@ class _V3:
         )
 
 
-V3 = _V3()
-V3_COMPAT = _V3(compat=True)
-V3_ENGINE = _V3(first_token_decoded=False)
+V3 = ChunkedPrefill(first_token_decoded)
+V3_COMPAT = ChunkedPrefill(first_token_decoded, compat=True)

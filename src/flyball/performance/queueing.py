@@ -22,7 +22,7 @@ _GROUP = "flyball.queue_models"
 _BUILT_IN = {
     "v3": "flyball.performance.queue_v3:V3",
     "v3-compat": "flyball.performance.queue_v3:V3_COMPAT",
-    "v3-engine": "flyball.performance.queue_v3:V3_ENGINE",
+    "v3-engine": "flyball.performance.queue_engine:V3_ENGINE",
 }
 DEFAULT_STEP_TOKENS = 8192.0  # tokens computed in one step where nothing else is said
 

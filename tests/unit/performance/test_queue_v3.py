@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flyball.core.errors import InvalidInput
-from flyball.performance.queue_v3 import V3, V3_COMPAT, V3_ENGINE
+from flyball.performance.queue_engine import V3_ENGINE
+from flyball.performance.queue_v3 import V3, V3_COMPAT
 from flyball.performance.queueing import Metrics, Replicas, queue_model
 
 THEIRS = {  # ours -> theirs, ours in seconds where theirs are milliseconds
