@@ -42,6 +42,10 @@ class ContextLengthExceeded(RequestRefused):
 class QueueFull(RequestRefused):
     """Too much is waiting already; the request may be sent again later."""
 
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s  # until there is likely to be room
+
 
 class MissingExtra(FlyballError):
     """A part of Flyball that is not installed."""

@@ -12,16 +12,20 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from flyball.core.errors import EngineFailed
+from flyball.core.errors import EngineFailed, InvalidInput
 from flyball.core.knobs import Space
 from flyball.engine.config import EngineConfig, RuntimeConfig
 from flyball.engine.core import EngineCore
-from flyball.engine.request import FinishReason, RequestOutput, SamplingParams
+from flyball.engine.explain import Setting
+from flyball.engine.history import ConfigChange
+from flyball.engine.request import FinishReason, Grammar, RequestOutput, SamplingParams
 from flyball.engine.stats import EngineStats
+
+GRAMMAR_TIMEOUT_S = 10.0  # a grammar that takes longer to compile is refused
 
 _T = TypeVar("_T")
 _Stream = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[RequestOutput]"]
@@ -43,6 +47,8 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # owned by the engine thread
         self._pending: set[Future[Any]] = set()
         self._ids = itertools.count()
+        self._grammar_threads = ThreadPoolExecutor(2, thread_name_prefix="flyball-grammar")
+        self._turned_s = self._core.clock.now_s()  # when the engine thread last began a turn of its loop
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="flyball-engine", daemon=True)
 
@@ -71,8 +77,50 @@ class AsyncEngine:
             self._stopping = True
 
         self._inbox.put(end)
+        self._grammar_threads.shutdown(wait=False, cancel_futures=True)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+
+    def stalled_s(self) -> float:
+        """Seconds since anything advanced although there is work: 0 while idle. Readiness looks at it."""
+        now_s = self._core.clock.now_s()
+        work_s = now_s - self._core.stats.progress_s if self._core.busy else 0.0
+        return max(0.0, work_s, 0.0 if self._inbox.empty() else now_s - self._turned_s)
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded, as it is: architecture, parameters, types, sizes."""
+        core = self._core
+        return {
+            "model": self.model_name,
+            **core.runner.describe(),
+            "block_size": self.config.block_size,
+            "num_blocks": self.config.num_blocks,
+            "max_model_len": self.max_model_len,
+        }
+
+    async def explain(self, given: Mapping[str, str] | None = None) -> list[Setting]:
+        """Every setting, where its value came from and why; `given` names what set a field of the configuration."""
+        return await self._call(lambda: self._core.explain(given or {}))
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The answers in the making, oldest first, as of the last step."""
+        now_s = self._core.clock.now_s()
+        return [
+            {
+                "id": r.group,
+                "index": r.index,
+                "state": "running" if r.block_table else "waiting",
+                "age_s": now_s - r.arrival_s,
+                "prompt_tokens": len(r.prompt_ids),
+                "output_tokens": len(r.output_ids),
+                "computed_tokens": r.num_computed,
+                "blocks": len(r.block_table),
+                "preemptions": r.num_preemptions,
+                "priority": r.params.priority,
+            }
+            for answers in list(self._core.requests.values())
+            for r in list(answers)
+        ]
 
     async def generate(
         self,
@@ -82,10 +130,14 @@ class AsyncEngine:
         request_id: str | None = None,
         salt: bytes = b"",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Serve one request, one output a step; closing the iterator frees its blocks at the next step boundary.
+        """Serve one request, an output a step and answer, until all of its `params.n` answers have ended.
 
-        Raises InvalidInput or ContextLengthExceeded before the first output, EngineFailed whenever the engine is gone.
+        Closing the iterator frees their blocks at the next step boundary. Raises InvalidInput, ContextLengthExceeded or
+        QueueFull before the first output, EngineFailed whenever the engine is gone. An answer whose deadline passes
+        ends with FinishReason.TIMEOUT.
         """
+        if params.grammar is not None:
+            await self.compile_grammar(params.grammar)
         rid = request_id or f"req-{next(self._ids)}"
         stream: asyncio.Queue[RequestOutput] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -99,16 +151,17 @@ class AsyncEngine:
         except asyncio.CancelledError:
             self.abort(rid)  # the engine may have taken it already
             raise
-        done = False
+        left = params.n
         try:
-            while not done:
+            while left:
                 output = await stream.get()
-                done = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
                     raise EngineFailed(output.error or "the engine failed")
+                if output.finish_reason is not None:
+                    left = 0 if output.finish_reason is FinishReason.ABORT else left - 1
                 yield output
         finally:
-            if not done:
+            if left:
                 self.abort(rid)
 
     def abort(self, request_id: str) -> None:
@@ -123,14 +176,49 @@ class AsyncEngine:
 
         self._inbox.put(drop)
 
+    def abort_answer(self, request_id: str, index: int) -> None:
+        """Drop one of the answers to a request, which its caller has enough of; the others go on, nothing is sent."""
+        self._inbox.put(lambda: self._core.abort_answer(request_id, index))
+
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Make a grammar ready off the engine's thread; raises InvalidInput for one that cannot be used."""
+        work = self._grammar_threads.submit(self._core.grammars.compile, grammar)
+        try:
+            async with asyncio.timeout(GRAMMAR_TIMEOUT_S):
+                await asyncio.wrap_future(work)
+        except TimeoutError:
+            raise InvalidInput(
+                f"this {grammar.kind} takes longer than {GRAMMAR_TIMEOUT_S:g} s to compile; simplify it"
+            ) from None
+
     async def update_runtime(
-        self, changes: Mapping[str, object], *, if_version: int | None = None, dry_run: bool = False
+        self,
+        changes: Mapping[str, object],
+        *,
+        if_version: int | None = None,
+        dry_run: bool = False,
+        revert_to: int | None = None,
+        preempt: bool = False,
+        by: str = "",
     ) -> RuntimeConfig:
         """Change live knobs, all or none, at a step boundary; returns the snapshot in force (or that would be).
 
+        `revert_to` starts from the values of an earlier version; with `preempt`, what no longer fits gives way at once.
         Raises InvalidKnob or VersionConflict, and then nothing has changed.
         """
-        return await self._call(lambda: self._core.update_runtime(changes, if_version=if_version, dry_run=dry_run))
+        return await self._call(
+            lambda: self._core.update_runtime(
+                changes, if_version=if_version, dry_run=dry_run, revert_to=revert_to, preempt=preempt, by=by
+            )
+        )
+
+    async def history(self) -> list[ConfigChange]:
+        """The last changes of the policy, oldest first, with what was measured before and after each."""
+        return await self._call(self._core.history)
+
+    async def flush_cache(self) -> int:
+        """Forget every cached prefix, at once and also under load; returns how many blocks were known."""
+        return await self._call(self._core.flush_cache)
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of the last step."""
@@ -161,6 +249,7 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._stopping:
+                self._turned_s = self._core.clock.now_s()
                 self._drain_inbox(block=not self._core.busy)
                 if self._stopping or not self._core.busy:
                     continue
@@ -182,15 +271,17 @@ class AsyncEngine:
                 command = self._inbox.get(block=False)
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
-        news = []
+        news, ended = [], set()
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:
                 continue
             news.append((stream, output))
-            if output.finish_reason is not None:
-                del self._streams[output.request_id]
+            if output.request_id not in self._core.requests:
+                ended.add(output.request_id)
         _deliver(news)
+        for request_id in ended:
+            del self._streams[request_id]
 
     def _fail_all(self, reason: str) -> None:
         self.error = reason

@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from flyball.core.errors import InvalidInput
 from flyball.engine.attention import NAME, DecodeGroup, PagedKVCache, PrefillChunk, StepBatch
-from flyball.engine.config import EngineConfig
+from flyball.engine.config import EngineConfig, pool_blocks
 from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel
 from flyball.engine.scheduler import Scheduled
@@ -48,17 +48,8 @@ class ModelRunner:
         self.model, self.shape = load_model(config.model, config.dtype, config.device)
         self.device = config.device
         self.block_size = config.block_size
-        per_block = self.shape.block_bytes(config.block_size)
-        self.num_blocks = config.num_blocks or config.kv_cache_bytes // per_block
-        if self.num_blocks < 1:
-            raise InvalidInput(
-                f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block; one takes {per_block} bytes, give more"
-            )
-        if config.num_blocks is None:  # no more than every sequence at full length could use
-            longest = -(
-                -min(config.max_model_len or self.shape.max_positions, self.shape.max_positions) // config.block_size
-            )
-            self.num_blocks = min(self.num_blocks, config.max_num_seqs * longest)
+        self.num_blocks = pool_blocks(config, self.shape.block_bytes(config.block_size), self.shape.max_positions)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         s = self.shape
         self.cache = PagedKVCache(
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
@@ -75,6 +66,19 @@ class ModelRunner:
                         f"kernels=compiled cannot be used: {reason}; use kernels=auto or torch"
                     ) from None
                 self.kernels = f"torch ({reason})"
+
+    def describe(self) -> dict[str, str | int | None]:
+        """What was loaded, for people and dashboards."""
+        return {
+            "architecture": type(self.model).__name__,
+            "parameters": self.parameters,
+            "dtype": str(self.shape.dtype).removeprefix("torch."),
+            "device": self.device,
+            "quantization": None,
+            "kernels": self.kernels,
+            "vocab_size": self.shape.vocab_size,
+            "kv_cache_bytes": self.num_blocks * self.shape.block_bytes(self.block_size),
+        }
 
     @torch.inference_mode()
     def forward(self, parts: Sequence[Scheduled]) -> Tensor:
@@ -171,18 +175,22 @@ def load_model(path: Path, dtype: str, device: str) -> tuple[Any, ModelShape]:
             f"cannot load the model in {path}: {reason}; give a decoder-only checkpoint that transformers can load"
         ) from error
     model = model.to(device).eval().requires_grad_(False)
+    eos = model.generation_config.eos_token_id if model.generation_config else raw.eos_token_id
+    return model, shape_of(raw, model.dtype, eos)
+
+
+def shape_of(raw: Any, dtype: torch.dtype, eos: int | list[int] | None) -> ModelShape:  # noqa: ANN401  # untyped here
+    """The sizes that a checkpoint's configuration tells."""
     config = raw.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return model, ModelShape(
+    return ModelShape(
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        dtype=model.dtype,
-        eos_token_ids=frozenset(eos_ids),
+        dtype=dtype,
+        eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )
 
 

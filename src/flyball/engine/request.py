@@ -106,15 +106,10 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
-    def plain(self) -> bool:
-        """Whether logits are sampled from as they are, and nothing but the token is wanted."""
-        return not (
-            self.penalized
-            or self.min_tokens
-            or self.logit_bias
-            or self.allowed_token_ids
-            or self.grammar
-            or self.logprobs is not None
+    def edited(self) -> bool:
+        """Whether logits are changed before they are sampled from."""
+        return bool(
+            self.penalized or self.min_tokens or self.logit_bias or self.allowed_token_ids or self.grammar is not None
         )
 
 
@@ -131,6 +126,7 @@ class Request:
     group: str = ""  # what the caller asked for: n answers are n requests of one group
     index: int = 0  # among the answers of its group
     deadline_s: float | None = None
+    order: int = 0  # of arrival, given by the scheduler
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens with valid KV
     block_table: list[int] = field(default_factory=list)
@@ -142,19 +138,22 @@ class Request:
     batch_size_seen: int = 0  # largest number of requests in one step with it
     last_step: int = -1  # last step that scheduled it
     finish_reason: FinishReason | None = None
+    num_sent: int = 0  # output tokens that the caller has
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of output tokens that the caller has not
     error: str | None = None  # one sentence, with FinishReason.ERROR
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     edits: Any = None  # the sampler's own state for it, where its logits are changed
     matcher: Any = None  # where in its grammar the answer is
-    plain: bool = field(init=False)
-    greedy: bool = field(init=False)
+    edited: bool = field(init=False)
+    plain: bool = field(init=False)  # not edited, and nothing but the token is wanted
     solo: bool = field(init=False)  # runs in steps of its own
     caching: bool = field(init=False)  # may read and write the prefix cache
 
     def __post_init__(self) -> None:
         self.group = self.group or self.id
-        self.plain, self.greedy = self.params.plain, self.params.greedy
+        self.edited = self.params.edited
+        self.plain = not self.edited and self.params.logprobs is None
         self.solo = self.params.optimization == "none"
         self.caching = self.params.optimization == "full"
 

@@ -15,11 +15,17 @@ class EngineStats:
     blocks_used: int = 0  # referenced by a request
     blocks_cached: int = 0  # free, but still holding a known prefix
     blocks_free: int = 0  # free and empty
+    blocks_limit: int = 0  # most that may hold content now; the pool's size unless the knob says less
+    evictions: int = 0  # cached blocks given up for room
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0  # prompt tokens answered from the prefix cache
     generation_tokens: int = 0
     preemptions: int = 0
     preempted_tokens: int = 0  # KV thrown away by preemption, to be computed again
-    finished: dict[str, int] = field(default_factory=dict)  # by finish reason
-    last_step_s: float = 0.0  # monotonic time of the last step's end: the heartbeat
+    out_of_memory: int = 0  # steps given up for want of memory
+    finished: dict[str, int] = field(default_factory=dict)  # answers by finish reason
+    refused: dict[str, int] = field(default_factory=dict)  # requests by reason: queue_full, too_long, invalid
+    tokens_per_s: float = 0.0  # computed lately, prompt and output, while steps ran; 0: nothing measured yet
+    last_step_s: float = 0.0  # monotonic time of the last step's end
+    progress_s: float = 0.0  # monotonic time when work last advanced, or arrived at an idle engine: the heartbeat
     step_seconds: float = 0.0  # time spent in steps

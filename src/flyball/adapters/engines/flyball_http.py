@@ -19,6 +19,13 @@ CONSTRAINTS = (
     "long_prefill_token_threshold <= max_num_batched_tokens",
 )
 
+# Policies that a workload's owner decides on, not its speed: who goes first, who is refused, when to give up. Searching
+# them would make a study long, and a faster service by refusing more is none.
+NOT_SEARCHED = (
+    "max_batch_size", "prefill_interval", "eviction", "kv_cache_limit_blocks", "watermark", "policy",
+    "preemption_victim", "max_queue_len", "max_queue_tokens", "request_timeout_s", "stream_interval",
+)  # fmt: skip
+
 
 def search_ranges(space: Space) -> dict[str, str]:
     """Where looking is worth a trial, as `--knob` would say it; the engine itself accepts more.
@@ -26,6 +33,7 @@ def search_ranges(space: Space) -> dict[str, str]:
     Fewer than 32 tokens a step starve any model, and an idle engine that waits 50 ms has lost more than batching gains.
     """
     ranges = {"max_num_batched_tokens": "32..", "max_wait_ms": "0,2,5,10,20,50"}
+    ranges |= {name: str(space[name].default) for name in NOT_SEARCHED if name in space}
     if "long_prefill_token_threshold" in space:
         high = space["long_prefill_token_threshold"].high or 0
         ranges["long_prefill_token_threshold"] = ",".join(["0", *(str(2**k) for k in range(5, 20) if 2**k <= high)])
