@@ -17,6 +17,7 @@ from flyball.performance.queueing import DEFAULT_STEP_TOKENS, queue_model
 
 OPEN_QUEUE = 1000  # places in the queue of an engine that turns nobody away; more would change no mean worth fitting
 FAILURES_ALLOWED = 0.05  # of a window's requests
+LAG_ALLOWED = 0.2  # of a window's TTFT, by which its load generator may have been late on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,7 @@ def operating_point(window: BenchResult, origin: str) -> OperatingPoint:
             max_batch=_knob(window, "max_num_seqs"),
             max_queue=OPEN_QUEUE,
             max_step_tokens=_knob(window, "max_num_batched_tokens", default=int(DEFAULT_STEP_TOKENS)),
-            ttft_s=window.ttft_s.mean,
+            ttft_s=window.ttft_s.mean - window.lag_s.mean,  # from when it was sent: a late client is not the engine's
             itl_s=window.itl_s.mean,
         )
     except InvalidInput as error:
@@ -93,8 +94,8 @@ def unusable(window: BenchResult, point: OperatingPoint) -> str | None:
     failed = window.requests - window.completed
     if failed > FAILURES_ALLOWED * window.requests:
         return f"{failed} of {window.requests} requests failed"
-    if window.client_bound:
-        return "the load generator itself was late"
+    if window.lag_s.mean > LAG_ALLOWED * point.ttft_s:
+        return f"the load generator itself was {window.lag_s.mean * 1e3:.0f} ms late on average"
     if window.mean_concurrency >= point.max_batch:
         return f"saturated, {window.mean_concurrency:.1f} requests in a server whose batch holds {point.max_batch}"
     return None

@@ -164,7 +164,10 @@ def test_a_saturated_window_is_left_out_and_named(flyball: Shell, windows: list[
     spoilt = {
         "full.json": ({"mean_concurrency": 21.5}, "saturated, 21.5 requests in a server whose batch holds 16"),
         "failed.json": ({"completed": 80}, "20 of 100 requests failed"),
-        "late.json": ({"client_bound": True}, "the load generator itself was late"),
+        "late.json": (
+            {"lag_s": Summary(100, 0.05, 0, 0, 0, 0, 0)},
+            "the load generator itself was 50 ms late on average",
+        ),
     }
     for name, (changes, _) in spoilt.items():
         write_bench(tmp_path / name, window(8.0, 128, 64, **changes))
