@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from flyball.numerics.markov import Floats, Ints, ServiceRates, occupancy
 from flyball.performance.queueing import Metrics, Queues, Replicas, take_rows
 
-_RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates (planner.md 2.1, step 4)
+_RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates (as the original does)
 _NEXT_TO_NOTHING = 1e-15  # stands for 0 where 0 / 0 has a limit: tokens, and load relative to the smallest rate
 
 
