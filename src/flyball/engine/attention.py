@@ -23,7 +23,7 @@ from flyball.core.errors import InvalidInput
 NAME = "flyball_paged"
 
 
-class PagedKVCache:
+class PagedTensors:
     """Keys and values of every layer, each [blocks * block_size, K, D]; it knows no request."""
 
     def __init__(
@@ -101,7 +101,7 @@ class PrefillChunk:
 class StepBatch:
     """Where each token of a flat step belongs; made once a step, read by every layer."""
 
-    cache: PagedKVCache
+    cache: PagedTensors
     slots: Tensor  # [T] cache slot of each token
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillChunk]

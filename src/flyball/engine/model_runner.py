@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from flyball.core.errors import InvalidInput
-from flyball.engine.attention import NAME, DecodeGroup, PagedKVCache, PrefillChunk, StepBatch
+from flyball.engine.attention import NAME, DecodeGroup, PagedTensors, PrefillChunk, StepBatch
 from flyball.engine.config import EngineConfig, pool_blocks
 from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel
@@ -51,7 +51,7 @@ class ModelRunner:
         self.num_blocks = pool_blocks(config, self.shape.block_bytes(config.block_size), self.shape.max_positions)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         s = self.shape
-        self.cache = PagedKVCache(
+        self.cache = PagedTensors(
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
         )
         self.fused: FusedModel | None = None

@@ -4,16 +4,18 @@ A row draws one uniform number, keyed by (the request's seed, the token's positi
 distribution with it. So a seeded request gets the same tokens whatever it is batched with, and after preemption; which
 way a row is computed depends on nothing but the row either.
 
-A vocabulary is long and a full sort or cumulative sum of it slow, so both are avoided: sums are made of chunks, and
-filters look at the likeliest tokens only, at all of them just where those few do not settle the matter.
+A vocabulary is long, and torch sorts it a hundred times slower than numpy with its vector instructions: so filters
+only look for the probability below which nothing is kept, which takes sorted values without their places. Cumulative
+sums are made of chunks.
 
-Symbols: R rows, V vocabulary, K candidates of a row, C chunks of a row; logits [R, V].
+Symbols: R rows, V vocabulary, C chunks of a row; logits [R, V].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from flyball.engine.request import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
 _CHUNK = 256  # tokens whose probabilities are summed at once
-_CANDIDATES = (128, 1024)  # likeliest tokens to look at before all are
+_HEAD = 2048  # likeliest tokens among which the filters' border is sought before it is among all
 _LOGPROB_ROWS = 16  # normalised at once: bounds the memory that logprobs take
 
 
@@ -45,9 +47,8 @@ def processed_probabilities(logits: Tensor, params: Sequence[SamplingParams]) ->
     """
     probs = _tempered(logits, params)
     if any(map(_filters, params)):
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        kept = ordered * _kept(ordered, probs.sum(-1, keepdim=True), params)
-        probs = torch.zeros_like(probs).scatter_(-1, order, kept / kept.sum(-1, keepdim=True))
+        probs = _filtered(probs, params)
+        probs /= probs.sum(-1, keepdim=True)
     greedy = [i for i, p in enumerate(params) if p.greedy]
     if greedy:
         index = torch.tensor(greedy, device=logits.device)
@@ -78,7 +79,7 @@ def sample(
             broken = probs[:, 0].isnan()
             if bool(broken.any()):
                 probs[broken] = 1.0
-            chosen = _filtered(probs, theirs, draws) if way else _inverse(probs, draws)
+            chosen = _inverse(_filtered(probs, theirs) if way else probs, draws)
         for i, token in zip(rows, chosen.masked_fill(broken, -1).tolist(), strict=True):
             tokens[i] = token
     return tokens
@@ -134,53 +135,47 @@ def _tempered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return torch.softmax(logits, dim=-1)
 
 
-def _kept(ordered: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Which of a row's likeliest tokens, [R, K] in descending order, its filters keep.
-
-    `mass` [R, 1] is what all tokens of the row sum up to, those beyond K included.
-    """
-    count = ordered.shape[-1]
-    kept = torch.arange(count, device=ordered.device) < _column([min(p.top_k or count, count) for p in params], ordered)
-    ordered = ordered * kept
-    has_top_k = _column([float(p.top_k > 0) for p in params], ordered) > 0
-    ordered = ordered / torch.where(has_top_k, ordered.sum(-1, keepdim=True), mass)
-    top_p = _column([max(p.top_p, 1e-30) for p in params], ordered)  # above 0 in float32 too: the first token stays
-    before = ordered.cumsum(-1) - ordered
-    # A row without top-p keeps its tail even where rounding lets the cumulative sum reach 1 early.
-    kept &= (before < top_p) | (top_p >= 1)
-    kept &= ordered >= _column([p.min_p for p in params], ordered) * ordered[:, :1]
-    return kept
-
-
-def _filtered(probs: Tensor, params: Sequence[SamplingParams], draws: Tensor) -> Tensor:
-    """Draw from what the filters keep, [R]: from few candidates where they hold all of it, else from more."""
-    chosen = torch.empty(len(params), dtype=torch.long, device=probs.device)
+def _filtered(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Set to 0, in place, probabilities [R, V] that filters drop; of equal ones at the border the lowest ids stay."""
+    ordered = _ascending(probs)
     mass = probs.sum(-1, keepdim=True)
-    vocab = probs.shape[-1]
-    open_rows = torch.arange(len(params), device=probs.device)
-    for count in (*(k for k in _CANDIDATES if k < vocab), vocab):
-        theirs = [params[i] for i in open_rows.tolist()]
-        candidates = probs[open_rows]
-        if count < vocab:
-            ids = candidates.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values  # equal ones by id
-            candidates = candidates.gather(-1, ids)
-            ordered, order = candidates.sort(dim=-1, descending=True, stable=True)
-            ids = ids.gather(-1, order)
-        else:
-            ordered, ids = candidates.sort(dim=-1, descending=True, stable=True)
-        kept = _kept(ordered, mass[open_rows], theirs)
-        last = (kept.sum(-1, keepdim=True) - 1).clamp_min(0)
-        # Settled: what comes after the last candidate is less likely than the last one kept.
-        settled = ordered.gather(-1, last)[:, 0] > ordered[:, -1]
-        if count == vocab:
-            settled = torch.ones_like(settled)
-        cumulative = (ordered * kept).double().cumsum(-1)
-        place = _above(cumulative, draws[open_rows])
-        chosen[open_rows[settled]] = ids.gather(-1, place[:, None])[settled, 0]
-        open_rows = open_rows[~settled]
-        if not len(open_rows):
-            break
-    return chosen
+    least, excess, settled = _border(ordered[:, -_HEAD:].flip(-1), mass, params)
+    rest = (~settled).nonzero()[:, 0]
+    if len(rest) and probs.shape[-1] > _HEAD:
+        theirs = [params[i] for i in rest.tolist()]
+        least[rest], excess[rest], _ = _border(ordered[rest].flip(-1), mass[rest], theirs)
+    probs.masked_fill_(probs < least, 0.0)
+    for row in excess.nonzero()[:, 0].tolist():
+        places = (probs[row] == least[row]).nonzero()[:, 0]
+        probs[row, places[-int(excess[row]) :]] = 0.0
+    return probs
+
+
+def _border(head: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor, Tensor]:
+    """The least probability kept [R, 1], how many of those equal to it are dropped [R], and whether that is certain.
+
+    `head` [R, H] holds the largest probabilities in descending order, `mass` [R, 1] the sum of all. It is certain where
+    the last of the head is less likely than the border.
+    """
+    size = head.shape[-1]
+    top_k = _column([p.top_k if 0 < p.top_k < size else size for p in params], head)
+    kept = torch.arange(size, device=head.device) < top_k
+    if any(p.top_p < 1 for p in params):
+        top_p = _column([max(p.top_p, 1e-30) for p in params], head)  # above 0 in float32 too: the first token stays
+        cumulative = head.cumsum(-1)
+        left = torch.where(top_k < size, cumulative.gather(-1, top_k.long() - 1), mass)  # what top-k leaves
+        # A row without top-p keeps its tail even where rounding lets the cumulative sum reach 1 early.
+        kept &= (cumulative - head < top_p * left) | (top_p >= 1)
+    kept &= head >= _column([p.min_p for p in params], head) * head[:, :1]
+    count = kept.sum(-1, keepdim=True)  # the kept ones stand first
+    least = head.gather(-1, count - 1)
+    excess = (head >= least).sum(-1) - count[:, 0]
+    return least, excess, least[:, 0] > head[:, -1]
+
+
+def _ascending(values: Tensor) -> Tensor:
+    """Each row's values, the smallest first."""
+    return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort(dim=-1).values
 
 
 def _inverse(probs: Tensor, draws: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flyball.engine.attention import PagedKVCache
+from flyball.engine.attention import PagedTensors
 from flyball.engine.cpu.build import KernelsUnavailable, load_kernels
 from flyball.engine.scheduler import Scheduled
 
@@ -51,7 +51,7 @@ class _Step(ctypes.Structure):
 class FusedModel:
     """Packed weights and the kernels that run them; made from a loaded model, whose own layers it replaces."""
 
-    def __init__(self, model: Any, cache: PagedKVCache, positions: int) -> None:  # noqa: ANN401  # untyped library
+    def __init__(self, model: Any, cache: PagedTensors, positions: int) -> None:  # noqa: ANN401  # untyped library
         check_supported(model)
         self._kernels = load_kernels()
         self._keep: list[Tensor] = []
@@ -103,7 +103,7 @@ class FusedModel:
         self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step), longest)
         return logits
 
-    def _layer(self, layer: Any, cache: PagedKVCache, index: int) -> _Layer:  # noqa: ANN401  # untyped library
+    def _layer(self, layer: Any, cache: PagedTensors, index: int) -> _Layer:  # noqa: ANN401  # untyped library
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [p.bias for p in projections]
