@@ -41,7 +41,7 @@ def run(
     from rich.console import Console
 
     from flyball.adapters.bench_files import read_bench
-    from flyball.adapters.bench_points import check_alike, fit_windows, prediction_errors
+    from flyball.adapters.bench_points import check_alike, fit_windows, operating_point, prediction_errors, unusable
     from flyball.adapters.profile_files import write_profiles
 
     fitted = {str(path): read_bench(path) for path in windows}
@@ -49,10 +49,15 @@ def run(
     check_alike(fitted | held_out)
     found = fit_windows(fitted, law=queue_model, accelerator=accelerator, model=model)
     console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:  # nobody's window to fit: let a pipe have whole names
+        console = Console(soft_wrap=True, highlight=False, width=160)
     for name, reason in found.excluded.items():
         console.print(f"left out: {name} ({reason})")
     errors = np.array([found.fit.ttft_errors, found.fit.itl_errors])
     console.print(_table("fitted", {name: fitted[name] for name in found.used}, errors))
+    for name, window in held_out.items():
+        if reason := unusable(window, operating_point(window, name)):
+            console.print(f"no test of the fit: {name} ({reason})")
     if held_out:
         errors = prediction_errors(found.profile, held_out)
         console.print(_table("held out", held_out, errors))

@@ -175,6 +175,9 @@ def test_a_saturated_window_is_left_out_and_named(flyball: Shell, windows: list[
     assert code == 0
     for name, (_, reason) in spoilt.items():
         assert f"left out: {tmp_path / name} ({reason})" in out
+    full = tmp_path / "full.json"
+    _, out, _ = flyball("fit", *windows, "--holdout", full)
+    assert f"no test of the fit: {full} ({spoilt['full.json'][1]})" in out
     code, _, err = flyball("fit", windows[0], tmp_path / "full.json")
     assert code == 2
     assert "a fit needs 2 windows, and 1 of 2 can be used" in err
