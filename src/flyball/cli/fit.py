@@ -56,8 +56,8 @@ def run(
     errors = np.array([found.fit.ttft_errors, found.fit.itl_errors])
     console.print(_table("fitted", {name: fitted[name] for name in found.used}, errors))
     for name, window in held_out.items():
-        if reason := unusable(window, operating_point(window, name)):
-            console.print(f"no test of the fit: {name} ({reason})")
+        if flaw := unusable(window, operating_point(window, name)):
+            console.print(f"no test of the fit: {name} ({flaw})")
     if held_out:
         errors = prediction_errors(found.profile, held_out)
         console.print(_table("held out", held_out, errors))
