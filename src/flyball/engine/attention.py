@@ -24,16 +24,26 @@ NAME = "flyball_paged"
 
 
 class PagedTensors:
-    """Keys and values of every layer, each [blocks * block_size, K, D]; it knows no request."""
+    """Keys and values of every layer, each [(blocks + 1) * block_size, K, D]; it knows no request.
+
+    The block after the last is never written: tables are padded with it, and what is masked must be finite, since
+    0 times not-a-number is not 0.
+    """
 
     def __init__(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
     ) -> None:
-        shape = (blocks * block_size, kv_heads, head_dim)
+        shape = ((blocks + 1) * block_size, kv_heads, head_dim)
         # Zeroed pages of a CPU tensor take no memory before they are first written.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.block_size = block_size
+        self.padding = blocks
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zero some blocks [N], after a request left in them what is not a number."""
+        for cache in (*self.keys, *self.values):
+            cache.view(-1, self.block_size * cache[0].numel()).index_fill_(0, blocks, 0.0)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store the step's keys and values, each [T, K, D], at their slots [T]."""
@@ -56,7 +66,7 @@ class DecodeGroup:
     """Rows with one query each and similar lengths, padded to the longest."""
 
     rows: Tensor  # [B] places in the flat step
-    blocks: Tensor  # [B, M] block tables, padded with block 0
+    blocks: Tensor  # [B, M] block tables, padded
     lengths: Tensor  # [B] positions to attend to, the query's own included
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 

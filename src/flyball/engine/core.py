@@ -260,6 +260,7 @@ class EngineCore:
         reason = {QueueFull: "queue_full", ContextLengthExceeded: "too_long"}.get(type(error), "invalid")
         self.stats.refused[reason] = self.stats.refused.get(reason, 0) + 1
 
+    @torch.inference_mode()  # as the logits were made: they are edited in place
     def _sample(self, logits: torch.Tensor, plan: StepPlan) -> list[int]:
         rows = [part.request for part in plan.parts if part.samples]
         if not rows:
@@ -271,6 +272,8 @@ class EngineCore:
             logits = logits.to(torch.float32, copy=wanted)
             dead = edit(logits, rows, self.scheduler.eos_token_ids)
         tokens = sample(logits, [r.params for r in rows], [r.seed for r in rows], [r.num_known for r in rows])
+        if min(tokens) < 0:
+            self.runner.clear([block for r, t in zip(rows, tokens, strict=True) if t < 0 for block in r.block_table])
         for i in dead:
             tokens[i] = -1
         if not all(r.plain for r in rows):

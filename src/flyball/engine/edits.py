@@ -102,8 +102,7 @@ def _edits(request: Request, eos_token_ids: Set[int]) -> Edits:
 
 
 def _penalize(logits: Tensor, rows: Sequence[tuple[int, Edits]]) -> None:
-    """Repetition as in CTRL (Keskar et al. 2019), over prompt and answer; frequency and presence as OpenAI's, over the
-    answer."""
+    """Repetition as in CTRL (Keskar et al. 2019), over prompt and answer; frequency and presence, over the answer."""
     if not rows:
         return
     used = [edits.used() for _, edits in rows]

@@ -102,6 +102,10 @@ class ModelRunner:
         ).logits
         return logits[0]
 
+    def clear(self, blocks: list[int]) -> None:
+        """Zero KV blocks that hold what is not a number, before others get them."""
+        self.cache.clear(self._long(blocks))
+
     def _batch(self, parts: Sequence[Scheduled], positions: list[int]) -> StepBatch:
         size = self.block_size
         slots: list[int] = []
@@ -145,7 +149,7 @@ class ModelRunner:
         decodes = sorted(decodes, key=lambda d: d[0])  # in the step's order, so that a lone group needs no scatter
         width = max(widths[id(part)] for _, part in decodes)
         tables = [part.request.block_table[: widths[id(part)]] for _, part in decodes]
-        padded = [table + [0] * (width - len(table)) for table in tables]
+        padded = [table + [self.cache.padding] * (width - len(table)) for table in tables]
         return DecodeGroup(
             self._long([place for place, _ in decodes]),
             self._long(padded),
