@@ -117,6 +117,7 @@ def _install_openvino(env: Environment) -> None:
     """The run time from wheels, and optimum-intel with torch to export the checkpoint."""
     env.pip("torch", "uv")
     env.uv(f"openvino-genai~={OPENVINO}.0", f"optimum-intel=={OPTIMUM_INTEL}")
+    env.step(env.python, "-m", "pip", "uninstall", "-y", "torchvision")  # linked to CUDA; transformers then fails
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

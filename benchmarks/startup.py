@@ -77,8 +77,8 @@ def started(server: Server) -> Iterator[tuple[subprocess.Popen[str], int]]:
         port = free.getsockname()[1]
     with server.log.open("w") as log:
         process = subprocess.Popen(
-            [*server.command, str(port)], env=_peers.environment(server.variables), stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True,
-            start_new_session=True,
+            [*server.command, str(port)], env=_peers.environment(server.variables), text=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         yield process, port
