@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from flyball.core.errors import EngineFailed
 from flyball.engine.async_engine import AsyncEngine
 from flyball.engine.config import EngineConfig
 from flyball.server.app import create_app
+from flyball.server.gate import Gate
 from flyball.server.process import listen, serve, url_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # each starts a process that loads torch
@@ -97,27 +99,36 @@ def test_capacity_that_contradicts_itself_is_one_sentence(start: Start, tiny_che
 
 
 def test_requests_under_way_end_before_it_does(start: Start, tiny_checkpoint: Path) -> None:
-    """SIGTERM while a stream runs: the stream comes to its [DONE], then the process ends with 0."""
-    process = start(tiny_checkpoint, "--port", 0, "--name", "tiny")
+    """SIGTERM while a stream runs: not ready at once, nothing new is taken, the stream comes to its [DONE], exit 0."""
+    process = start(tiny_checkpoint, "--port", 0, "--name", "tiny", "--access-log", "json")
     url = serving(process)
-    body = {"prompt": "the cat", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"prompt": "the cat", "max_tokens": 500, "n": 4, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{url}/health/ready", timeout=60)).status_code == 200:
+            pass
+        assert ready.json()["error"]["code"] == "draining"
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "go"}, timeout=60).status_code == 503
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
-    assert len(rest) == 300
+    assert len(rest) == 4 * 500
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out) == (0, "")
+    logged = [json.loads(line) for line in err.splitlines()]
+    assert [line["status"] for line in logged if line["path"] == "/v1/completions"] == [503, 200]
+    assert logged[-1]["completion_tokens"] == 4 * 500
 
 
 def test_keys_come_from_the_environment_and_ctrl_c_ends_in_130(start: Start, tiny_checkpoint: Path) -> None:
     """FLYBALL_API_KEY guards the routes; Ctrl-C ends the process as shells expect, without a traceback."""
-    process = start(tiny_checkpoint, "--port", 0, "--name", "tiny", FLYBALL_API_KEY="secret")
+    process = start(tiny_checkpoint, "--port", 0, "--name", "tiny", FLYBALL_API_KEY="secret other")
     url = serving(process)
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    assert httpx.get(f"{url}/v1/config", headers={"authorization": "Bearer secret"}).status_code == 200
+    for key in ("secret", "other"):
+        assert httpx.get(f"{url}/v1/config", headers={"authorization": f"Bearer {key}"}).status_code == 200
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, "", "")
@@ -136,11 +147,12 @@ def test_a_dead_engine_ends_the_server_and_says_why(engine: AsyncEngine) -> None
     def burn() -> None:
         raise MemoryError("no more")
 
+    gate = Gate()
     with (
         listen("127.0.0.1", 0) as listener,
         pytest.raises(EngineFailed, match="the engine failed: MemoryError: no more"),
     ):
-        serve(create_app(engine), engine, listener, on_ready=lambda: engine._inbox.put(burn))
+        serve(create_app(engine, gate=gate), engine, listener, gate=gate, on_ready=lambda: engine._inbox.put(burn))
 
 
 def test_a_second_ctrl_c_waits_for_nobody(engine: AsyncEngine, capfd: pytest.CaptureFixture[str]) -> None:
@@ -157,8 +169,9 @@ def test_a_second_ctrl_c_waits_for_nobody(engine: AsyncEngine, capfd: pytest.Cap
 
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=client, args=(url_of(listener),))
+        gate = Gate()
         with pytest.raises(KeyboardInterrupt):
-            serve(create_app(engine), engine, listener, on_ready=thread.start)
+            serve(create_app(engine, gate=gate), engine, listener, gate=gate, on_ready=thread.start)
         thread.join()
     told = [line for line in lines if line][-1]
     assert "the engine was stopped" in told

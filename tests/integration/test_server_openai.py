@@ -154,31 +154,204 @@ def test_errors_are_the_clients_own_types(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="the cat")
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], n=3, stream=True)
-    assert refused.value.param == "n"
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}], n=129, stream=True)
+    assert "n=129" in refused.value.message
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="tiny", prompt="x", suffix="y")
+    assert (refused.value.param, refused.value.code) == ("suffix", "unsupported_field")
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt=[10**6])
     (card,) = client.models.list().data
     assert (card.id, card.model_dump()["max_model_len"]) == ("tiny", 512)
 
 
-HOSTILE = [
-    ("/v1/completions", body)
-    for body in (
-        '{"prompt": "a", "temperature": 1e-300}', '{"prompt": "a", "top_p": 1e-300}', '{"prompt": "a", "seed": -1}',
-        '{"prompt": "a", "temperature": NaN}', '{"prompt": "a", "top_k": %s}' % ("9" * 400),
-        '{"prompt": "a", "max_tokens": %s}' % ("9" * 400), '{"prompt": [%s]}' % ("9" * 400), '{"prompt": [4294967296]}',
-        '{"prompt": "a", "stop_token_ids": [%s]}' % ("9" * 400), '{"prompt": "\\ud800"}', '{"prompt": "\\u0000"}',
-        '{"prompt": "a", "stop": "\\ud83d"}', '{"prompt": "a", "model": "\\ud800"}', '{"prompt": [[]]}',
-        '{"prompt": %s' % ("[" * 100_000), "[]", "null", "", "\xff", '{"prompt": "%s"}' % ("x" * 10_000),
+def test_n_answers_stream_side_by_side(client: openai.OpenAI) -> None:
+    """Seeded choices are seed, seed + 1, ...: each the one that a request of its own gives, streamed or whole."""
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "the dog", "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(n=3, seed=5, **ask)
+    texts = [choice.text for choice in whole.choices]
+    assert texts == [client.completions.create(seed=5 + i, **ask).choices[0].text for i in range(3)]
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 36
+    streamed = ["", "", ""]
+    for chunk in client.completions.create(n=3, seed=5, stream=True, **ask):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_the_models_own(client: openai.OpenAI, tiny_checkpoint: Path, stream: bool) -> None:
+    """Both routes tell what transformers computes for the same tokens, and which were the likeliest."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    prompt = [7, 8, 9, 10, 11]
+    ask: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0.9, "seed": 3}
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    told: list[Any]
+    if stream:
+        chunks = list(client.completions.create(logprobs=3, stream=True, extra_body=extra, **ask))
+        ids = [i for chunk in chunks for i in chunk.choices[0].model_dump()["token_ids"]]
+        told = [lp for chunk in chunks for lp in (chunk.choices[0].logprobs.token_logprobs or [])]  # type: ignore[union-attr]
+        tops = [top for chunk in chunks for top in (chunk.choices[0].logprobs.top_logprobs or [])]  # type: ignore[union-attr]
+    else:
+        choice = client.completions.create(logprobs=3, extra_body=extra, **ask).choices[0]
+        assert choice.logprobs is not None
+        ids = choice.model_dump()["token_ids"]
+        told, tops = choice.logprobs.token_logprobs or [], choice.logprobs.top_logprobs or []
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits.float(), -1)
+    assert told == pytest.approx(expected[torch.arange(8), torch.tensor(ids)].tolist(), abs=1e-3)
+    for row, top in zip(expected, tops, strict=True):
+        assert 3 <= len(top) <= 4
+        assert sorted(top.values(), reverse=True)[:3] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+
+
+def test_a_chat_tells_log_probabilities(client: openai.OpenAI) -> None:
+    """The official types hold: an entry a token with its bytes, likeliest first."""
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "the cat"}], max_tokens=10, logprobs=True, top_logprobs=4,
+        temperature=0, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert len(told.content) == 10
+    for one in told.content:
+        assert len(one.top_logprobs) == 4
+        assert one.top_logprobs[0].token == one.token  # greedy
+        assert bytes(one.bytes or []).decode(errors="replace") == one.token or one.token.startswith("bytes:")
+
+
+def test_penalties_bias_and_minimum_change_the_answer(client: openai.OpenAI) -> None:
+    """Each through the official client, against what it is defined to do."""
+
+    def ask(**settings: Any) -> list[int]:
+        extra = {"return_token_ids": True, "ignore_eos": True} | settings.pop("extra", {})
+        choice = client.completions.create(
+            model="tiny", prompt="the cat", max_tokens=12, temperature=0, extra_body=extra, **settings
+        ).choices[0]
+        ids: list[int] = choice.model_dump()["token_ids"]
+        return ids
+
+    plain = ask()
+    assert plain[0] not in ask(logit_bias={str(plain[0]): -100})
+    assert ask(logit_bias={"42": 100}) == [42] * 12
+    assert len(set(ask(presence_penalty=2, frequency_penalty=2, logit_bias={"42": 5}))) > 1
+    assert set(ask(extra={"allowed_token_ids": [50, 51]})) <= {50, 51}
+    assert len(ask(extra={"stop_token_ids": [plain[0]]})) == 1
+    assert len(ask(extra={"stop_token_ids": [plain[0]], "min_tokens": 5})) >= 5
+
+
+def test_a_full_queue_is_a_rate_limit_error(serve: Serve, tiny_checkpoint: Path) -> None:
+    """429 with a Retry-After that the official client honours: it waits, asks again and gets its answer."""
+    engine = tiny_engine(tiny_checkpoint, max_num_seqs=1)
+    base = serve(create_app(engine))
+    httpx.patch(f"{base}/v1/config", json={"max_queue_len": 1})
+    ask: dict[str, Any] = {"model": "tiny", "prompt": "go", "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+    with (
+        ThreadPoolExecutor(8) as pool,
+        openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0) as hasty,
+        openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=10) as patient,
+    ):
+        asks = [pool.submit(hasty.completions.create, **ask) for _ in range(6)]
+        errors = [one.exception() for one in asks]
+        refused = [error for error in errors if error is not None]
+        assert refused
+        for error in refused:
+            assert isinstance(error, openai.RateLimitError)
+            assert int(error.response.headers["retry-after"]) >= 1
+            assert error.code == "queue_full"
+        answers = [pool.submit(patient.completions.create, **ask) for _ in range(3)]
+        assert all(answer.result().choices[0].finish_reason == "length" for answer in answers)
+    text = httpx.get(f"{base}/metrics").text
+    assert (
+        f'engine_admission_rejections_total{{reason="queue_full"}} {float(engine.stats().refused["queue_full"])}'
+        in text
     )
-] + [
-    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}'),
-    ("/v1/chat/completions", '{"messages": [{"role": "user"}]}'),
-]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "body"), HOSTILE, ids=[f"{path[4:8]}-{i}" for i, (path, _) in enumerate(HOSTILE)])
+@pytest.mark.parametrize("own", [True, False])
+def test_deadlines_end_requests(serve: Serve, tiny_checkpoint: Path, own: bool) -> None:
+    """The request's timeout is a 408, the server's live default a 504; a stream is told; nothing is left running."""
+    engine = tiny_engine(tiny_checkpoint)
+    base = serve(create_app(engine))
+    if not own:
+        httpx.patch(f"{base}/v1/config", json={"request_timeout_s": 0.05})
+    body = {"prompt": "go", "max_tokens": 500, "ignore_eos": True} | ({"timeout": 0.05} if own else {})
+    response = httpx.post(f"{base}/v1/completions", json=body, timeout=60)
+    assert (response.status_code, response.json()["error"]["code"]) == (408 if own else 504, "timeout")
+    with httpx.stream("POST", f"{base}/v1/completions", json=body | {"stream": True}, timeout=60) as streamed:
+        lines = [line for line in streamed.iter_lines() if line]
+    assert '"timeout"' in lines[-1]
+    assert "[DONE]" not in lines[-1]
+    assert engine.stats().blocks_used == 0
+    assert 'finished_reason="timeout"} 2.0' in httpx.get(f"{base}/metrics").text
+
+
+def _hostile(path: str, *bodies: str) -> list[tuple[str, str]]:
+    return [(path, body) for body in bodies]
+
+
+NINES = "9" * 400
+HOSTILE = [
+    *_hostile(
+        "/v1/completions",
+        '{"prompt": "a", "temperature": 1e-300}',
+        '{"prompt": "a", "top_p": 1e-300}',
+        '{"prompt": "a", "seed": -1}',
+        '{"prompt": "a", "temperature": NaN}',
+        f'{{"prompt": "a", "top_k": {NINES}}}',
+        f'{{"prompt": "a", "max_tokens": {NINES}}}',
+        f'{{"prompt": [{NINES}]}}',
+        '{"prompt": [4294967296]}',
+        f'{{"prompt": "a", "stop_token_ids": [{NINES}]}}',
+        '{"prompt": "\\ud800"}',
+        '{"prompt": "\\u0000"}',
+        '{"prompt": "a", "stop": "\\ud83d"}',
+        '{"prompt": "a", "model": "\\ud800"}',
+        '{"prompt": [[]]}',
+        f'{{"prompt": "a", "n": {NINES}}}',
+        '{"prompt": "a", "n": -1}',
+        '{"prompt": "a", "logprobs": 99}',
+        '{"prompt": "a", "logit_bias": {"9": 1e999}}',
+        '{"prompt": "a", "logit_bias": {"99999": 1}}',
+        '{"prompt": "a", "logit_bias": {"\\ud800": 1}}',
+        '{"prompt": "a", "allowed_token_ids": [99999]}',
+        '{"prompt": "a", "timeout": 1e-300}',
+        '{"prompt": "a", "min_tokens": 1e400}',
+        '{"prompt": "a", "cache_salt": "\\ud800"}',
+        '{"prompt": "a", "best_of": "\\ud800"}',
+        '{"prompt": "a", "structured_outputs": {"regex": "\\ud800"}}',
+        '{"prompt": "a", "structured_outputs": {"json": "{"}}',
+        '{"prompt": "a", "structured_outputs": {"choice": ["\\u0000"]}}',
+        '{"prompt": "a", "structured_outputs": {"grammar": "root ::= root"}}',
+        '{"prompt": "a", "response_format": {"type": "regex", "pattern": "(((((((((a{9}){9}){9}){9}"}}',
+        '{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}',
+        '{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": false}}}',
+        '{"prompt": %s' % ("[" * 100_000),
+        "[]",
+        "null",
+        "",
+        "\xff",
+        '{"prompt": "%s"}' % ("x" * 10_000),
+    ),
+    *_hostile(
+        "/v1/chat/completions",
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        '{"messages": [{"role": "user"}]}',
+    ),
+    *_hostile("/v1/generate", '{"prompt": "\\ud800"}', '{"prompt": "a", "max_tokens": 1e400}'),
+    *_hostile("/v1/generate/batch", '{"prompts": ["\\ud800", "a"]}', '{"prompts": [[]], "requests": null}'),
+    *_hostile("/v1/tokenize", '{"prompt": "\\ud800"}'),
+    *_hostile("/v1/detokenize", '{"tokens": [99999]}', '{"tokens": [-1]}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), HOSTILE, ids=[f"{path[4:]}-{i}" for i, (path, _) in enumerate(HOSTILE)])
 def test_no_body_harms_the_server(url: str, engine: AsyncEngine, path: str, body: str) -> None:
     """Answered or refused with a 4xx in OpenAI's form; the engine lives on."""
     response = httpx.post(

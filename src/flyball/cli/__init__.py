@@ -23,11 +23,18 @@ app = typer.Typer(
 
 def require(extra: str, *modules: str) -> None:
     """Raise MissingExtra, naming what to install, unless every module can be imported."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    missing = [module for module in modules if not _found(module)]
     if missing:
         raise MissingExtra(
             f"this command needs {', '.join(missing)}, which is not installed; run: pip install 'flyball[{extra}]'"
         )
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 def _version(show: bool) -> None:

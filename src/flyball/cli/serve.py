@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from flyball.server.account import Watcher
 
 BUNDLED_NAME = "flyball-tiny"  # its folder is called by its part, "target"
 
@@ -35,19 +41,38 @@ def run(
     block_size: Annotated[int, typer.Option(help="Tokens in one KV block.")] = 16,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key that clients must send as a bearer token.", envvar="FLYBALL_API_KEY")
+        list[str] | None,
+        typer.Option(
+            help="Key that clients must send as a bearer token; may be given several times, and each key then has a "
+            "prefix cache of its own. In the environment keys are separated by spaces.",
+            envvar="FLYBALL_API_KEY",
+        ),
     ] = None,
     admin_key: Annotated[
         str | None,
-        typer.Option(help="Key of the admin routes; default: the API key.", envvar="FLYBALL_ADMIN_KEY"),
+        typer.Option(help="Key of the admin routes; default: the API keys.", envvar="FLYBALL_ADMIN_KEY"),
     ] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log each request.")] = False,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request body in MiB.", min=1)] = 16,
+    grace_s: Annotated[
+        float, typer.Option(help="Seconds that requests under way may take once the server is told to stop.", min=0)
+    ] = 30.0,
+    access_log: Annotated[
+        Literal["off", "json", "text"], typer.Option(help="One line a request, with its numbers, on standard error.")
+    ] = "off",
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Send OpenTelemetry spans there, such as http://localhost:4318/v1/traces; needs the extra tracing."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's routes, Prometheus metrics, and knobs that change while it runs."""
     from flyball.cli import require
     from flyball.core.errors import EngineFailed, InvalidInput
 
-    require("engine", "torch", "transformers", "tokenizers", "fastapi", "uvicorn", "prometheus_client")
+    require("engine", "torch", "transformers", "tokenizers", "fastapi", "uvicorn", "prometheus_client", "orjson")
+    if otlp_endpoint:
+        require("tracing", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
     signal.signal(signal.SIGTERM, _exit)
 
     from flyball.engine.config import EngineConfig
@@ -69,11 +94,11 @@ def run(
     )
     with listen(host, port) as listener:  # before torch and the model are loaded, which takes a while
         from flyball.engine.async_engine import AsyncEngine
-        from flyball.server.app import create_app
+        from flyball.server.app import Limits, create_app
         from flyball.server.auth import Keys
+        from flyball.server.gate import Gate
 
         engine = AsyncEngine(config, model_name=name or (BUNDLED_NAME if model is None else None))
-        app = create_app(engine, keys=Keys(user=api_key, admin=admin_key))
 
         def ready() -> None:
             blocks = engine.config.num_blocks
@@ -82,11 +107,35 @@ def run(
                 f"(max_model_len {engine.max_model_len}, {blocks} KV blocks)"
             )
 
-        try:
-            serve(app, engine, listener, on_ready=ready, access_log=access_log)
-        except EngineFailed as error:  # no mistake of the user's, hence not 2
-            typer.echo(f"flyball: {error}", err=True)
-            raise typer.Exit(1) from error
+        with _watchers(access_log, otlp_endpoint, engine.model_name) as watchers:
+            gate = Gate()
+            keys = Keys(users=tuple(api_key or ()), admin=admin_key)
+            limits = Limits(max_body_bytes=max_body_mib * 2**20)
+            app = create_app(engine, keys=keys, gate=gate, limits=limits, watchers=watchers)
+            try:
+                serve(app, engine, listener, gate=gate, on_ready=ready, grace_s=grace_s)
+            except EngineFailed as error:  # no mistake of the user's, hence not 2
+                typer.echo(f"flyball: {error}", err=True)
+                raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def _watchers(log: Literal["off", "json", "text"], otlp_endpoint: str | None, model: str) -> Iterator[list[Watcher]]:
+    """Who is told of each request; what they hold back is sent at the end."""
+    watchers: list[Watcher] = []
+    with contextlib.ExitStack() as ends:
+        if log != "off":
+            from flyball.server.access_log import access_log
+
+            watchers.append(access_log(sys.stderr, as_json=log == "json"))
+        if otlp_endpoint:
+            from flyball.core.clock import SystemClock
+            from flyball.server.tracing import otlp_provider, spans
+
+            provider = otlp_provider(otlp_endpoint, model)
+            ends.callback(provider.shutdown)
+            watchers.append(spans(provider, SystemClock()))
+        yield watchers
 
 
 def _model_folder(model: Path | None) -> Path:

@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flyball import __version__
 from flyball.core.clock import Clock, SystemClock
 from flyball.core.errors import EngineFailed
-from flyball.server import admin, errors, openai
+from flyball.server import admin, errors, native, openai, status, tokens
+from flyball.server.account import Watcher
 from flyball.server.auth import Keys
+from flyball.server.edge import Edge
 from flyball.server.engine_client import EngineClient
+from flyball.server.gate import Gate
 from flyball.server.generation import Generator
 from flyball.server.metrics import ServerMetrics
 
 
-def create_app(engine: EngineClient, *, keys: Keys | None = None, clock: Clock | None = None) -> FastAPI:
-    """An application over an engine that is loaded but not started."""
-    clock = clock or SystemClock()
-    keys = keys or Keys()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of the front door; the engine has its own."""
+
+    max_body_bytes: int = 16 * 2**20
+    stall_s: float = 120.0  # a busy engine that does not advance for so long is not ready
+
+
+def create_app(
+    engine: EngineClient,
+    *,
+    keys: Keys | None = None,
+    clock: Clock | None = None,
+    gate: Gate | None = None,
+    limits: Limits | None = None,
+    watchers: Sequence[Watcher] = (),
+) -> FastAPI:
+    """An application over an engine that is loaded but not started.
+
+    Whoever stops the server shuts its gate first. Watchers are told of each request at its end.
+    """
+    clock, keys, gate, limits = clock or SystemClock(), keys or Keys(), gate or Gate(), limits or Limits()
     metrics = ServerMetrics(engine, clock)
-    started = False
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        nonlocal started
         engine.start()
-        started = True
+        gate.started = True
         yield
-        started = False
+        gate.started = False
         await engine.stop()
 
     app = FastAPI(title="Flyball", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestIds)
+    app.add_middleware(Edge, clock=clock, max_body_bytes=limits.max_body_bytes, watchers=watchers)
     errors.install(app)
-    generator = Generator(engine, metrics, clock)
-    app.include_router(openai.routes(generator), dependencies=[Depends(keys.user_guard)])
-    app.include_router(admin.routes(engine), dependencies=[Depends(keys.admin_guard)])
+    _include(app, engine, keys, gate, Generator(engine, metrics, clock), metrics)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -55,11 +70,13 @@ def create_app(engine: EngineClient, *, keys: Keys | None = None, clock: Clock |
 
     @app.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """Whether requests may be sent: 503 before the engine runs, while it stops, and once it has died."""
+        """Whether requests may be sent: 503 before the engine runs, while it drains, stops or hangs, and once dead."""
         if engine.error is not None:
             raise EngineFailed(engine.error)
-        if not started:
-            raise EngineFailed("the engine is not running yet, or stops; ask again later")
+        gate.check()
+        stalled_s = engine.stalled_s()
+        if stalled_s > limits.stall_s:
+            raise EngineFailed(f"the engine has work but has not advanced for {stalled_s:.0f} s; restart the server")
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -70,23 +87,22 @@ def create_app(engine: EngineClient, *, keys: Keys | None = None, clock: Clock |
     return app
 
 
-class RequestIds:
-    """Gives every answer an `x-request-id`: the client's own, or a new one."""
+def _include(
+    app: FastAPI, engine: EngineClient, keys: Keys, gate: Gate, generator: Generator, metrics: ServerMetrics
+) -> None:
+    """All routes but those for probes and scrapers, each behind its guard."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    async def held() -> AsyncIterator[None]:
+        with gate.enter():
+            yield
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Request(scope).headers.get("x-request-id", "")
-        request_id = given or uuid.uuid4().hex
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
+    user, operator, hold = Depends(keys.user_guard), Depends(keys.admin_guard), Depends(held)
+    for router in (
+        openai.routes(generator, keys, hold),
+        native.routes(generator, keys, hold),
+        tokens.routes(generator),
+        status.routes(engine, metrics),
+    ):
+        app.include_router(router, dependencies=[user])
+    for router in (admin.config_routes(engine, keys), admin.operation_routes(engine, gate)):
+        app.include_router(router, dependencies=[operator])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
 
 from flyball.core.knobs import Space
 from flyball.engine.config import RuntimeConfig
+from flyball.engine.explain import Setting
+from flyball.engine.history import ConfigChange
 from flyball.engine.request import RequestOutput, SamplingParams
 from flyball.engine.stats import EngineStats
 from flyball.engine.text import Tokenizer
@@ -50,6 +52,22 @@ class EngineClient(Protocol):
         """Why the engine died, in one sentence; None while it lives."""
         ...
 
+    def info(self) -> Mapping[str, Any]:
+        """What was loaded, as it was: architecture, parameters, dtype, device, quantization, sizes of the KV cache."""
+        ...
+
+    def stalled_s(self) -> float:
+        """Seconds since anything advanced although there is work; 0 while idle."""
+        ...
+
+    async def explain(self) -> Sequence[Setting]:
+        """Every setting, where its value came from and why."""
+        ...
+
+    def requests(self) -> Sequence[Mapping[str, Any]]:
+        """The answers in the making, as of the last step."""
+        ...
+
     def start(self) -> None:
         """Begin to work; requests may be sent from now on."""
         ...
@@ -61,19 +79,40 @@ class EngineClient(Protocol):
     def generate(
         self, prompt_ids: list[int], params: SamplingParams, *, request_id: str | None = None, salt: bytes = b""
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request; closing the generator frees its blocks at the next step boundary.
+        """The outputs of one request's `params.n` answers; closing it frees their blocks at the next step boundary.
 
-        The first item raises ContextLengthExceeded, InvalidInput or EngineFailed when the request is not taken.
+        The first item raises ContextLengthExceeded, InvalidInput (also for a grammar that cannot be used), QueueFull or
+        EngineFailed when the request is not taken. An answer whose deadline passes ends with FinishReason.TIMEOUT.
         """
         ...
 
+    def abort_answer(self, request_id: str, index: int) -> None:
+        """Drop one of the answers to a request; the others go on, and nothing more comes of this one."""
+        ...
+
+    async def flush_cache(self) -> int:
+        """Forget every known prefix, also under load; returns how many blocks were known."""
+        ...
+
     async def update_runtime(
-        self, changes: Mapping[str, object], *, if_version: int | None = None, dry_run: bool = False
+        self,
+        changes: Mapping[str, object],
+        *,
+        if_version: int | None = None,
+        dry_run: bool = False,
+        revert_to: int | None = None,
+        preempt: bool = False,
+        by: str = "",
     ) -> RuntimeConfig:
         """Set knobs, all or none, at the next step boundary; a dry run only says what would be in force.
 
+        `revert_to` starts from the values of an earlier version; with `preempt`, what no longer fits gives way at once.
         Raises InvalidKnob, or VersionConflict when `if_version` is not the version in force.
         """
+        ...
+
+    async def history(self) -> Sequence[ConfigChange]:
+        """The last changes of the policy, oldest first, with what was measured before and after each."""
         ...
 
     def stats(self) -> EngineStats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +20,7 @@ from flyball.core.errors import (
     FlyballError,
     InvalidInput,
     InvalidKnob,
+    MissingExtra,
     QueueFull,
     VersionConflict,
 )
@@ -26,19 +29,42 @@ from flyball.core.errors import (
 class ApiError(FlyballError):
     """A refusal that knows its HTTP status, and which field it is about."""
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
+        self.headers = headers
+
+
+class BodyTooLarge(HTTPException):
+    """Raised while a body is read; FastAPI turns everything but an HTTPException into a 400 there."""
+
+
+def invalid(param: str, message: str) -> ApiError:
+    """A field that cannot be used as it is."""
+    return ApiError(400, message, code="invalid_value", param=param)
+
+
+def body_too_large(message: str) -> ApiError:
+    """More than one request may send."""
+    return ApiError(413, message, code="body_too_large")
 
 
 _STATUS: tuple[tuple[type[FlyballError], int, str], ...] = (  # the first that fits
     (ContextLengthExceeded, 400, "context_length_exceeded"),
-    (QueueFull, 429, "queue_full"),
     (InvalidKnob, 400, "invalid_knob"),
     (VersionConflict, 412, "version_conflict"),
     (InvalidInput, 400, "invalid_value"),
+    (MissingExtra, 501, "not_installed"),
     (EngineFailed, 503, "engine_failed"),
 )
 
@@ -47,6 +73,9 @@ def classify(error: Exception) -> ApiError:
     """The HTTP face of an error; what nobody foresaw becomes a 500 that tells the client nothing of our insides."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QueueFull):
+        headers = {"retry-after": str(math.ceil(error.retry_after_s))}
+        return ApiError(429, str(error), code="queue_full", headers=headers)
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
             return ApiError(status, str(error), code=code)
@@ -72,8 +101,7 @@ def install(app: FastAPI) -> None:
 
     async def flyball_error(_request: Request, error: Exception) -> JSONResponse:
         api = classify(error)
-        headers = {"www-authenticate": "Bearer"} if api.status == 401 else None
-        return JSONResponse(error_body(api), api.status, headers)
+        return JSONResponse(error_body(api), api.status, api.headers)
 
     async def bad_body(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -82,6 +110,8 @@ def install(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error, BodyTooLarge):
+            return JSONResponse(error_body(body_too_large(error.detail)), error.status_code)
         message = f"{request.method} {request.url.path}: {error.detail}; see /openapi.json for what there is"
         api = ApiError(error.status_code, message, code=HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"))
         return JSONResponse(error_body(api), api.status, error.headers)

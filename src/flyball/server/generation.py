@@ -5,26 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 from flyball.core.clock import Clock
 from flyball.core.errors import EngineFailed, InvalidInput, RequestRefused
-from flyball.engine.request import FinishReason, RequestOutput, SamplingParams
-from flyball.engine.text import StopStrings, TextCodec
+from flyball.engine.request import FinishReason, RequestOutput, RequestReport, SamplingParams, TokenLogprobs
+from flyball.engine.text import Detokenizer, StopStrings, TextCodec
+from flyball.server.account import Account, AnswerRecord
 from flyball.server.engine_client import EngineClient
-from flyball.server.metrics import RequestTimer, ServerMetrics
+from flyball.server.errors import ApiError
+from flyball.server.metrics import AnswerTimer, ServerMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One answer to make."""
+    """One prompt, and what is asked of its answers."""
 
     prompt_ids: list[int]
     params: SamplingParams
-    stops: Sequence[str]
     request_id: str
+    account: Account
     arrival_s: float  # of the HTTP request, before its text was encoded
-    index: int = 0  # among the choices of one response
+    stops: Sequence[str] = ()
+    include_stop: bool = False  # show what stopped the answer
+    show_special: bool = False
+    salt: bytes = b""
+    first_index: int = 0  # of its answers among the choices of one response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +43,10 @@ class Piece:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None  # stop or length, with the last piece
+    stop: str | int | None = None  # the stop string or token that ended it
+    record: AnswerRecord | None = None  # with the last piece
 
 
 class Generator:
@@ -61,62 +71,160 @@ class Generator:
         return max(1, self.engine.max_model_len - len(prompt_ids))
 
     async def answer(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces, one an engine output; closing it aborts the request.
+        """The answers in pieces, one an engine output; closing it aborts what still runs.
 
-        Raises what the engine raises at first: InvalidInput, ContextLengthExceeded; and EngineFailed at any time.
+        Raises what the engine raises at first: InvalidInput, ContextLengthExceeded, QueueFull; an ApiError when the
+        deadline passes; and EngineFailed at any time.
         """
-        timer = self._metrics.timer(job.arrival_s)
+        choices = [_Choice(job, index, self.codec, self._metrics) for index in range(job.params.n)]
         ended = "abort"
         try:
-            async with aclosing(self._pieces(job, timer)) as pieces:
+            async with aclosing(self._pieces(job, choices)) as pieces:
                 async for piece in pieces:
-                    if piece.finish_reason is not None:
-                        ended = piece.finish_reason
-                        timer.finished(ended)  # before the last piece is out: who has it also finds it counted
                     yield piece
         except (InvalidInput, RequestRefused):
             ended = "refused"  # it never ran
             raise
+        except _Ended as error:
+            ended = error.how
+            raise error.told from None
+        except EngineFailed as error:
+            ended = "error"
+            if job.params.grammar is None or self.engine.error is not None:
+                raise
+            # The engine lives: the model's tokens cannot go on in this form, as with a rule that never ends.
+            raise ApiError(400, f"{error}; change the form asked for", code="grammar_dead_end") from None
         except Exception:
             ended = "error"
             raise
         finally:
-            if ended in ("abort", "error"):
-                timer.finished(ended)
+            for choice in choices:
+                if not choice.ended and ended != "refused":
+                    choice.end(ended)
 
-    async def _pieces(self, job: Job, timer: RequestTimer) -> AsyncGenerator[Piece, None]:
-        text_of = self.codec.detokenizer(job.prompt_ids)
-        stops = StopStrings(job.stops)
-        outputs = self.engine.generate(job.prompt_ids, job.params, request_id=job.request_id)
+    async def _pieces(self, job: Job, choices: Sequence[_Choice]) -> AsyncGenerator[Piece, None]:
+        open_choices, seen = len(choices), False
+        outputs = self.engine.generate(job.prompt_ids, job.params, request_id=job.request_id, salt=job.salt)
         async with aclosing(outputs):
             async for output in outputs:
-                timer.output()
-                finish = _finish(output)
-                # The token that stopped the answer is no part of its text.
-                shown = output.new_token_ids[:-1] if finish == "stop" else output.new_token_ids
-                text = text_of.push(shown) + (text_of.flush() if finish else "")
-                text, hit = stops.push(text)
-                if hit is not None:
-                    finish = "stop"
-                elif finish:
-                    text += stops.flush()
-                yield Piece(
-                    index=job.index,
-                    text=text,
-                    token_ids=output.new_token_ids,
-                    prompt_tokens=output.num_prompt_tokens,
-                    cached_tokens=output.num_cached_tokens,
-                    finish_reason=finish,
-                )
-                if finish:
+                choice = choices[output.index]
+                if not seen:
+                    seen = True
+                    job.account.prompt_tokens += output.num_prompt_tokens
+                    job.account.cached_tokens += output.num_cached_tokens
+                if choice.ended:
+                    continue  # the engine has not yet heard of it
+                piece = choice.take(output)
+                if piece.finish_reason is not None:
+                    open_choices -= 1
+                    if open_choices and output.finish_reason is None:  # a stop string ended it, the others go on
+                        self.engine.abort_answer(job.request_id, output.index)
+                yield piece
+                if not open_choices:
                     return
         raise EngineFailed("the engine ended an answer without a reason; send the request again")
 
 
-def _finish(output: RequestOutput) -> str | None:
-    """OpenAI's word for why an answer ended; an answer that was cut off is no answer."""
-    if output.finish_reason is FinishReason.ABORT:
-        raise EngineFailed("the server is stopping and dropped this request; send it again")
-    if output.finish_reason is FinishReason.ERROR:
-        raise EngineFailed(output.error or "the engine failed; the server's log says more")
-    return output.finish_reason.value if output.finish_reason else None
+@dataclass(slots=True)
+class _Choice:
+    """One answer in the making."""
+
+    job: Job
+    index: int
+    codec: TextCodec
+    metrics: ServerMetrics
+    ended: bool = False
+    tokens: int = 0
+    _text_of: Detokenizer = field(init=False)
+    _stops: StopStrings = field(init=False)
+    _timer: AnswerTimer = field(init=False)
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self._text_of = self.codec.detokenizer(job.prompt_ids, show_special=job.show_special)
+        self._stops = StopStrings(job.stops, include=job.include_stop)
+        self._timer = self.metrics.timer(job.arrival_s)
+
+    def take(self, output: RequestOutput) -> Piece:
+        """The piece that an output makes."""
+        job, finish = self.job, None
+        ids = output.new_token_ids
+        if output.finish_reason is not None:
+            finish = self._finish(output)
+        if ids:
+            self._timer.output(len(ids), output.num_prompt_tokens, output.num_cached_tokens)
+            self.tokens += len(ids)
+        # The token that stopped the answer is no part of its text.
+        by_token = finish == "stop" and bool(ids) and job.params.grammar is None
+        hidden = by_token and not job.include_stop
+        text = self._text_of.push(ids[:-1] if hidden else ids) + (self._text_of.flush() if finish else "")
+        text, stop = self._stops.push(text)
+        if stop is not None:
+            finish = "stop"
+        elif finish:
+            text += self._stops.flush()
+        # Before the last piece is out: who has it also finds it counted.
+        record = self.end(finish, output.report) if finish else None
+        return Piece(
+            index=job.first_index + self.index,
+            text=text,
+            token_ids=ids,
+            prompt_tokens=output.num_prompt_tokens,
+            cached_tokens=output.num_cached_tokens,
+            logprobs=output.logprobs,
+            finish_reason=finish,
+            stop=stop if stop is not None or not by_token else ids[-1],
+            record=record,
+        )
+
+    def end(self, how: str, report: RequestReport | None = None) -> AnswerRecord:
+        """Count it."""
+        self.ended = True
+        self._timer.ended(how, report)
+        record = AnswerRecord(
+            completion_tokens=self.tokens, finish_reason=how, ttft_s=self._timer.ttft_s, report=report
+        )
+        self.job.account.answers.append(record)
+        return record
+
+    def _finish(self, output: RequestOutput) -> str:
+        """OpenAI's word for why an answer ended; an answer that was cut off is no answer."""
+        reason = output.finish_reason
+        if reason is FinishReason.TIMEOUT:
+            self.end("timeout", output.report)
+            self._timed_out()
+        if reason is FinishReason.ABORT:
+            raise EngineFailed("the server is stopping and dropped this request; send it again")
+        if reason is FinishReason.ERROR:
+            raise EngineFailed(output.error or "the engine failed; the server's log says more")
+        assert reason is not None
+        return str(reason.value)
+
+    def _timed_out(self) -> NoReturn:
+        """Who set the deadline decides the status: 408 is the client's own, 504 the server's."""
+        own_s = self.job.params.timeout_s
+        if own_s is not None:
+            told = ApiError(
+                408,
+                f"the request's timeout of {own_s:g} s passed after {self.tokens} tokens; "
+                "allow more time or ask for fewer tokens",
+                code="timeout",
+                param="timeout",
+            )
+        else:
+            told = ApiError(
+                504,
+                f"this server's time limit passed after {self.tokens} tokens; ask for fewer tokens, or try again when "
+                "it is less busy",
+                code="timeout",
+            )
+        raise _Ended("timeout", told)
+
+
+class _Ended(Exception):
+    """An answer ended in a way of its own."""
+
+    def __init__(self, how: str, told: ApiError) -> None:
+        super().__init__(how)
+        self.how = how
+        self.told = told

@@ -5,12 +5,16 @@ Names follow vLLM's where both count the same thing, with the prefix `engine_` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     Metric,
     SummaryMetricFamily,
 )
@@ -18,10 +22,36 @@ from prometheus_client.registry import Collector
 
 from flyball.core.clock import Clock
 from flyball.core.knobs import Knob, Value
+from flyball.engine.request import RequestReport
 from flyball.server.engine_client import EngineClient
+from flyball.server.recent import Recent
 
 _FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 _SLOW = (7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+
+ENDINGS = ("stop", "length", "abort", "timeout", "error")
+
+
+class Latency:
+    """A histogram for Prometheus, a tenth of the library's own cost a value; used on the event loop only."""
+
+    def __init__(self, name: str, doc: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._doc = doc
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def family(self) -> HistogramMetricFamily:
+        """As scraped."""
+        bounds = (*map(str, self._bounds), "+Inf")
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        return HistogramMetricFamily(self._name, self._doc, buckets=buckets, sum_value=self._sum)
 
 
 class ServerMetrics:
@@ -30,62 +60,105 @@ class ServerMetrics:
     def __init__(self, engine: EngineClient, clock: Clock) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
-        self._clock = clock
-        self.ttft = Histogram(
+        self.registry.register(_ServerCollector(self))
+        self.recent = Recent(clock)
+        self.clock = clock
+        self.started_s = clock.now_s()
+        self.ended: Counter[str] = Counter()
+        self.ttft = Latency(
             "engine_time_to_first_token_seconds",
             "Seconds from the arrival of a request to its first token.",
-            buckets=_FAST + _SLOW,
-            registry=self.registry,
+            _FAST + _SLOW,
         )
-        self.itl = Histogram(
+        self.itl = Latency(
             "engine_inter_token_latency_seconds",
-            "Seconds between two neighbouring outputs of one request.",
-            buckets=_FAST + _SLOW[:4],
-            registry=self.registry,
+            "Seconds between two neighbouring outputs of one answer.",
+            _FAST + _SLOW[:4],
         )
-        self.e2e = Histogram(
+        self.e2e = Latency(
             "engine_e2e_request_latency_seconds",
-            "Seconds from the arrival of a request to its last token, for requests that ended with stop or length.",
-            buckets=_FAST + _SLOW,
-            registry=self.registry,
+            "Seconds from the arrival of a request to its last token, for answers that ended with stop or length.",
+            _FAST + _SLOW,
         )
-        self.finished = Counter(
-            "engine_request_success",
-            "Requests by how they ended: stop, length, abort (the client left) or error.",
-            ["finished_reason"],
-            registry=self.registry,
+        self.queue, self.prefill, self.decode = (
+            Latency(f"engine_request_{phase}_time_seconds", f"Seconds that an answer {doc}.", _FAST + _SLOW)
+            for phase, doc in (
+                ("queue", "waited for the engine, before it first ran"),
+                ("prefill", "took from when it first ran to its first token"),
+                ("decode", "took from its first token to its last"),
+            )
         )
-        for reason in ("stop", "length", "abort", "error"):
-            self.finished.labels(reason)  # present from the start, at zero
 
-    def timer(self, arrival_s: float) -> RequestTimer:
-        """Times a request that arrived then."""
-        return RequestTimer(self, self._clock, arrival_s)
+    def timer(self, arrival_s: float) -> AnswerTimer:
+        """Times an answer to a request that arrived then."""
+        return AnswerTimer(self, arrival_s)
 
 
-class RequestTimer:
-    """Observes the latencies of one request as its outputs come."""
+class AnswerTimer:
+    """Observes one answer as its outputs come."""
 
-    def __init__(self, metrics: ServerMetrics, clock: Clock, arrival_s: float) -> None:
+    __slots__ = ("_arrival_s", "_last_s", "_metrics", "ttft_s")
+
+    def __init__(self, metrics: ServerMetrics, arrival_s: float) -> None:
         self._metrics = metrics
-        self._clock = clock
         self._arrival_s = arrival_s
         self._last_s: float | None = None
+        self.ttft_s: float | None = None
 
-    def output(self) -> None:
+    def output(self, new_tokens: int, prompt_tokens: int, cached_tokens: int) -> None:
         """One more output has come."""
-        now_s = self._clock.now_s()
-        if self._last_s is None:
-            self._metrics.ttft.observe(now_s - self._arrival_s)
+        metrics, last_s = self._metrics, self._last_s
+        now_s = self._last_s = metrics.clock.now_s()
+        tally = metrics.recent.at(now_s)
+        tally.generated_tokens += new_tokens
+        if last_s is None:
+            self.ttft_s = now_s - self._arrival_s
+            metrics.ttft.observe(self.ttft_s)
+            tally.ttft.add(self.ttft_s)
+            tally.prompt_tokens += prompt_tokens
+            tally.cached_tokens += cached_tokens
         else:
-            self._metrics.itl.observe(now_s - self._last_s)
-        self._last_s = now_s
+            metrics.itl.observe(now_s - last_s)
+            tally.itl.add(now_s - last_s)
 
-    def finished(self, reason: str) -> None:
-        """The request has ended."""
-        self._metrics.finished.labels(reason).inc()
+    def ended(self, reason: str, report: RequestReport | None = None) -> None:
+        """The answer has ended."""
+        metrics = self._metrics
+        now_s = metrics.clock.now_s()
+        tally = metrics.recent.at(now_s)
+        metrics.ended[reason] += 1
+        tally.ended[reason] += 1
         if reason in ("stop", "length"):
-            self._metrics.e2e.observe(self._clock.now_s() - self._arrival_s)
+            metrics.e2e.observe(now_s - self._arrival_s)
+            tally.e2e.add(now_s - self._arrival_s)
+        if report is not None and report.first_scheduled_s is not None:
+            queue_s = report.first_scheduled_s - report.arrival_s
+            metrics.queue.observe(queue_s)
+            tally.queue.add(queue_s)
+            if report.first_token_s is not None:
+                metrics.prefill.observe(report.first_token_s - report.first_scheduled_s)
+                metrics.decode.observe(report.finished_s - report.first_token_s)
+
+
+class _ServerCollector(Collector):
+    """What this server counted itself."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        metrics = self._metrics
+        for latency in (metrics.ttft, metrics.itl, metrics.e2e, metrics.queue, metrics.prefill, metrics.decode):
+            yield latency.family()
+        yield _labelled(
+            CounterMetricFamily(
+                "engine_request_success",
+                "Answers by how they ended: stop, length, abort (the client left), timeout or error.",
+                labels=["finished_reason"],
+            ),
+            {reason: metrics.ended[reason] for reason in ENDINGS},
+        )
 
 
 class _EngineCollector(Collector):
@@ -140,6 +213,12 @@ class _EngineCollector(Collector):
             "Seconds in engine steps.",
             count_value=stats.step,
             sum_value=stats.step_seconds,
+        )
+        yield _labelled(
+            CounterMetricFamily(
+                "engine_admission_rejections", "Requests that the engine did not take, by why.", labels=["reason"]
+            ),
+            {reason: stats.refused.get(reason, 0) for reason in ("queue_full", "too_long", "invalid")},
         )
         runtime = self._engine.runtime
         values = runtime.values()

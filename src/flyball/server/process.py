@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from flyball.core.errors import EngineFailed, InvalidInput
 from flyball.server.engine_client import EngineClient
+from flyball.server.gate import Gate
 
 GRACE_S = 30  # for requests under way once the server is told to stop
 
@@ -54,21 +55,24 @@ def serve(
     engine: EngineClient,
     listener: socket.socket,
     *,
+    gate: Gate,
     on_ready: Callable[[], None],
-    access_log: bool = False,
+    grace_s: float = GRACE_S,
 ) -> None:
     """Serve until SIGTERM (returns) or SIGINT (raises KeyboardInterrupt), or raise EngineFailed when the engine dies.
 
-    Requests under way may end first, for GRACE_S or until a second signal; what still runs then is told so.
+    A signal first shuts the app's gate: readiness is gone and new requests are turned away, while health, metrics and
+    what runs are still answered. When the last request has ended, after `grace_s`, or at a second signal, the server
+    ends; what still runs then is told so.
     """
     config = uvicorn.Config(
         app,
         lifespan="on",
-        access_log=access_log,
-        log_level="info" if access_log else "warning",
-        timeout_graceful_shutdown=GRACE_S + 5,  # only a client that does not read its answer needs it
+        access_log=False,  # the app has its own
+        log_level="warning",
+        timeout_graceful_shutdown=5,  # only a client that does not read its answer needs it
     )
-    told, died = asyncio.run(_serve(_Server(config), engine, listener, on_ready))
+    told, died = asyncio.run(_Run(_Server(config), engine, gate, grace_s, on_ready).until_the_end(listener))
     if died is not None:
         raise EngineFailed(died)
     if told is signal.SIGINT:
@@ -83,39 +87,54 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(
-    server: uvicorn.Server, engine: EngineClient, listener: socket.socket, on_ready: Callable[[], None]
-) -> tuple[signal.Signals | None, str | None]:
-    """Returns the first signal, and why the engine died; None for what did not happen."""
-    told: list[signal.Signals] = []
-    died: list[str] = []
-    enough = asyncio.Event()
+class _Run:
+    """One server's life."""
 
-    def tell(sent: signal.Signals) -> None:
-        if told:
-            enough.set()
-        told.append(sent)
-        server.should_exit = True
+    def __init__(
+        self, server: uvicorn.Server, engine: EngineClient, gate: Gate, grace_s: float, on_ready: Callable[[], None]
+    ) -> None:
+        self._server = server
+        self._engine = engine
+        self._gate = gate
+        self._grace_s = grace_s
+        self._on_ready = on_ready
+        self._told: list[signal.Signals] = []
+        self._died: str | None = None
+        self._first = asyncio.Event()
+        self._enough = asyncio.Event()
 
-    async def watch() -> None:
-        while not server.started:
+    async def until_the_end(self, listener: socket.socket) -> tuple[signal.Signals | None, str | None]:
+        """Returns the first signal, and why the engine died; None for what did not happen."""
+        if threading.current_thread() is threading.main_thread():
+            for sent in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(sent, self._tell, sent)
+        watcher = asyncio.create_task(self._watch())
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            watcher.cancel()
+        return self._told[0] if self._told else None, self._died
+
+    def _tell(self, sent: signal.Signals) -> None:
+        self._gate.shut("signal")
+        (self._enough if self._told else self._first).set()
+        self._told.append(sent)
+
+    async def _watch(self) -> None:
+        """End the server when it is told to, or when its engine dies."""
+        while not self._server.started:
             await asyncio.sleep(0.01)
-        on_ready()
-        while not server.should_exit:  # once it is set, the engine has an error because it was stopped
-            if engine.error is not None:
-                died.append(engine.error)
-                server.should_exit = True
-            await asyncio.sleep(0.1)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(enough.wait(), GRACE_S)
-        await engine.stop()
-
-    if threading.current_thread() is threading.main_thread():
-        for sent in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(sent, tell, sent)
-    watcher = asyncio.create_task(watch())
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        watcher.cancel()
-    return told[0] if told else None, died[0] if died else None
+        self._on_ready()
+        while not self._first.is_set():
+            if self._engine.error is not None:
+                self._died = self._engine.error
+                self._server.should_exit = True
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._first.wait(), 0.1)
+        ends = [asyncio.create_task(end()) for end in (self._gate.empty, self._enough.wait)]
+        await asyncio.wait(ends, timeout=self._grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        self._server.should_exit = True
+        await self._engine.stop()  # from here on it has an error because it was stopped

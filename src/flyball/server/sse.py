@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
+import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from flyball.core.errors import FlyballError
+from flyball.server.account import Account
 from flyball.server.errors import error_body
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once: dumps() makes one each time
+
+class JsonResponse(Response):
+    """A JSON answer, written by orjson."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """The body."""
+        return orjson.dumps(content)
 
 
 def event(data: dict[str, Any]) -> bytes:
     """One event."""
-    return b"data: " + _encode(data).encode() + b"\n\n"
+    return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -49,27 +58,37 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """The items of several streams as they come; the first failure ends all, and closing this closes all."""
-    queue: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[list[T], None]:
+    """The items of several streams, all that are there at once; the first failure ends all, closing this closes all."""
+    items: list[T] = []
+    ended: list[asyncio.Task[None]] = []
+    news = asyncio.Event()
 
     async def drain(stream: AsyncGenerator[T, None]) -> None:
         async with aclosing(stream):
             async for item in stream:
-                queue.put_nowait(item)
+                items.append(item)
+                news.set()
+
+    def end(task: asyncio.Task[None]) -> None:
+        ended.append(task)
+        news.set()
 
     tasks = [asyncio.create_task(drain(stream)) for stream in streams]
     for task in tasks:
-        task.add_done_callback(queue.put_nowait)
+        task.add_done_callback(end)
     running = len(tasks)
     try:
-        while running:
-            item = await queue.get()
-            if isinstance(item, asyncio.Task):
-                item.result()  # raises what the stream raised
-                running -= 1
-            else:
-                yield item
+        while running or items:
+            await news.wait()
+            news.clear()
+            done, ended[:] = ended[:], []
+            batch, items[:] = items[:], []
+            if batch:
+                yield batch
+            for task in done:
+                task.result()  # raises what the stream raised
+            running -= len(done)
     finally:
         for task in tasks:
             task.cancel()
@@ -77,7 +96,7 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T
 
 
 class EventStream(Response):
-    """Streams JSON objects as events, then `[DONE]`; its source is closed when the client leaves.
+    """Streams events, then `[DONE]`; its source is closed when the client leaves.
 
     An error before the first event is raised, and so becomes a status code. A later one is told in an event of its own
     and ends the stream without `[DONE]`: a client must not take half an answer for a whole one.
@@ -85,10 +104,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[dict[str, Any], None]) -> None:
+    def __init__(self, source: AsyncGenerator[bytes, None], account: Account) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._source = source
+        self._account = account
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the source ends or the client leaves."""
@@ -99,12 +119,14 @@ class EventStream(Response):
         async with aclosing(self._source) as source:
             first = await anext(source)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await _send(send, event(first))
+            await _send(send, first)
             try:
-                async for item in source:
-                    await _send(send, event(item))
+                async for events in source:
+                    await _send(send, events)
             except Exception as error:
-                await _send(send, event(error_body(error)), more=False)
+                told = error_body(error)
+                self._account.error = told["error"]["message"]
+                await _send(send, event(told), more=False)
                 if isinstance(error, FlyballError):
                     return
                 raise  # nobody foresaw it: the server's log must have it

@@ -112,3 +112,49 @@ def test_a_body_that_is_no_object_is_refused(talk: Any) -> None:
         assert (await client.patch("/v1/config", json=["max_num_seqs"])).status_code == 400
 
     talk(script)
+
+
+def test_changes_are_remembered_and_undone(talk: Any, parrot: Any) -> None:
+    """The history tells each change; an earlier version's values come back as a new version."""
+
+    async def script(client: httpx.AsyncClient) -> None:
+        await client.patch("/v1/config", json={"max_num_seqs": 4})
+        await client.patch("/v1/config", json={"max_wait_ms": 2})
+        start, first, second = (await client.get("/v1/config/history")).json()["changes"]
+        assert (start["version"], start["by"], start["changes"], start["before"]) == (1, "start", {}, None)
+        assert (first["changes"], first["by"]) == ({"max_num_seqs": [8, 4]}, "anyone")
+        assert (second["version"], second["changes"]) == (3, {"max_wait_ms": [0.0, 2.0]})
+        assert set(second["before"]) == set(second["after"]) > {"seconds", "generation_tokens_per_s"}
+        dry = await client.patch("/v1/config?revert_to=1&dry_run=true", json={})
+        assert dry.json()["values"]["max_num_seqs"] == 8
+        assert parrot.runtime.version == 3
+        back = (await client.patch("/v1/config?revert_to=2", json={})).json()
+        assert (back["version"], back["values"]["max_num_seqs"], back["values"]["max_wait_ms"]) == (4, 4, 0.0)
+        unknown = await client.patch("/v1/config?revert_to=77", json={})
+        assert unknown.status_code == 400
+        assert "1 to 4" in unknown.json()["error"]["message"]
+
+    talk(script)
+
+
+def test_requests_under_way_are_listed(talk: Any, parrot: Any) -> None:
+    """The engine's own list."""
+
+    async def script(client: httpx.AsyncClient) -> None:
+        parrot.running.add("x")
+        assert (await client.get("/v1/requests")).json() == {"requests": [{"request_id": "x", "state": "running"}]}
+        parrot.running.clear()
+
+    talk(script)
+
+
+def test_every_setting_explains_itself(talk: Any) -> None:
+    """The engine's own words."""
+
+    async def script(client: httpx.AsyncClient) -> None:
+        (setting,) = (await client.get("/v1/config/explain")).json()["settings"]
+        assert setting == {
+            "name": "max_num_seqs", "value": 8, "source": "default", "why": "it is a parrot", "live": True,
+        }  # fmt: skip
+
+    talk(script)

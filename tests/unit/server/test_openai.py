@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from flyball.core.errors import QueueFull
 from flyball.server.app import create_app
+from flyball.server.auth import Keys
 
 Run = Callable[..., dict[str, Any]]
 
@@ -146,19 +150,24 @@ def test_limits_not_given_are_clamped_to_what_fits(post: Any, parrot: Any) -> No
 
 def test_parameters_reach_the_engine(post: Any, parrot: Any) -> None:
     """Every sampling field arrives as it was sent; -1 is vLLM's word for no top-k."""
-    post(
-        prompt="the", max_tokens=5, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-7, stop_token_ids=[3],
-        ignore_eos=True,
-    )  # fmt: skip
+    sent = {
+        "max_tokens": 5, "min_tokens": 2, "temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "seed": -7,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.5, "ignore_eos": True,
+        "priority": -3, "n": 2, "optimization": "basic",
+    }  # fmt: skip
+    lists: dict[str, Any] = {"stop_token_ids": [3], "allowed_token_ids": [5, 6], "logit_bias": {"7": -100, "8": 2.5}}
+    post(prompt="the", top_k=-1, timeout=9, **sent, **lists)
     seen = parrot.params[-1]
-    assert (seen.max_tokens, seen.temperature, seen.top_p, seen.top_k) == (5, 0.5, 0.9, 0)
-    assert (seen.min_p, seen.seed, seen.stop_token_ids, seen.ignore_eos) == (0.1, -7, (3,), True)
+    assert {name: getattr(seen, name) for name in sent} == sent
+    assert (seen.top_k, seen.stop_token_ids, seen.allowed_token_ids) == (0, (3,), (5, 6))
+    assert (seen.logit_bias, seen.timeout_s) == (((7, -100), (8, 2.5)), 9)
+    assert (seen.logprobs, seen.grammar) == (None, None)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 2), ("logprobs", 0), ("logprobs", True), ("echo", True), ("logit_bias", {"3": 5}), ("tools", [{"a": 1}]),
-     ("presence_penalty", 0.5), ("response_format", {"type": "json_object"}), ("best_of", 3), ("min_tokens", 1)],
+    [("best_of", 3), ("suffix", "x"), ("bad_words", ["x"]), ("tools", [{"a": 1}]), ("prompt_logprobs", 1),
+     ("guided_json", {}), ("chat_template", "x"), ("use_beam_search", True), ("truncate_prompt_tokens", 5)],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(post: Any, field: str, value: Any) -> None:
     """Nothing that would change the answer is silently dropped."""
@@ -171,7 +180,15 @@ def test_what_is_not_supported_is_refused_by_name(post: Any, field: str, value: 
 
 def test_what_asks_for_nothing_or_is_unknown_is_ignored(post: Any) -> None:
     """OpenAI's clients send extras; neutral values and unknown fields change nothing."""
-    extras = {"n": 1, "logprobs": None, "presence_penalty": 0, "logit_bias": {}, "user": "me", "metadata": {"a": "b"}}
+    extras = {
+        "n": 1,
+        "logprobs": None,
+        "best_of": 1,
+        "tools": [],
+        "logit_bias": {},
+        "user": "me",
+        "metadata": {"a": "b"},
+    }
     assert post(prompt="the", **extras).status_code == 200
 
 
@@ -191,6 +208,20 @@ def test_what_asks_for_nothing_or_is_unknown_is_ignored(post: Any) -> None:
         ({"prompt": ["the", [5] * 500]}, "invalid_value", "prompt"),
         ({}, "invalid_value", "prompt"),
         ({"prompt": "the", "stop": ""}, "invalid_value", "stop string"),
+        ({"prompt": "the", "stop": ["x"] * 65}, "invalid_value", "stop"),
+        ({"prompt": "the", "n": 0}, "invalid_value", "n=0"),
+        ({"prompt": ["the"] * 9, "n": 128}, "invalid_value", "1024"),
+        ({"prompt": "the", "logprobs": 21}, "invalid_value", "logprobs=21"),
+        ({"prompt": "the", "logprobs": 1, "echo": True}, "invalid_value", "echo"),
+        ({"prompt": "the", "logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+        ({"prompt": "the", "logit_bias": {"5": 101}}, "invalid_value", "logit_bias"),
+        ({"prompt": "the", "min_tokens": 99}, "invalid_value", "min_tokens=99"),
+        ({"prompt": "the", "timeout": 0}, "invalid_value", "timeout"),
+        ({"prompt": "the", "response_format": {"type": "xml"}}, "invalid_value", "response_format"),
+        ({"prompt": "the", "response_format": {"type": "json_schema"}}, "invalid_value", "schema"),
+        ({"prompt": "the", "response_format": {"type": "regex", "pattern": "bad["}}, "invalid_value", "bad"),
+        ({"prompt": "the", "structured_outputs": {}}, "invalid_value", "exactly one"),
+        ({"prompt": "the", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "invalid_value", "exactly one"),
         ({"prompt": "the", "stream_options": {"include_usage": True}}, "invalid_value", "stream"),
     ],
 )
@@ -288,5 +319,223 @@ def test_a_failure_nobody_foresaw_keeps_its_insides_to_itself(parrot: Any, conne
             assert response.status_code == 500
             assert response.json()["error"]["type"] == "server_error"
             assert "secret" not in response.text
+
+    asyncio.run(go())
+
+
+WORDS = "the cat sat on the mat and said: stop here. "
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_n_answers_are_n_choices(post: Any, parrot: Any, tokenizer: Any, stream: bool, chat: bool) -> None:
+    """Each choice is a stream of its own, under its index; the prompt counts once; one may end before the others."""
+    path, ask = ("/v1/completions", {"prompt": WORDS})
+    if chat:
+        path, ask = ("/v1/chat/completions", {"messages": [{"role": "user", "content": WORDS}]})
+    body = {**ask, "n": 3, "max_tokens": 5, "stop": ["cat sat"], "stream": stream, "return_token_ids": True}
+    texts, ids, reasons = ["", "", ""], [[], [], []], [None] * 3  # type: ignore[var-annotated]
+    if stream:
+        *chunks, last, done = events(post(path, **body, stream_options={"include_usage": True}).text)
+        assert done == "[DONE]"
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                assert reasons[choice["index"]] is None, "nothing comes after the end"
+                texts[choice["index"]] += choice["delta"]["content"] if chat else choice["text"]
+                ids[choice["index"]] += choice["token_ids"]
+                reasons[choice["index"]] = choice["finish_reason"]
+        usage = last["usage"]
+    else:
+        answer = post(path, **body).json()
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        texts = [choice["message"]["content"] if chat else choice["text"] for choice in answer["choices"]]
+        ids = [choice["token_ids"] for choice in answer["choices"]]
+        reasons = [choice["finish_reason"] for choice in answer["choices"]]
+        usage = answer["usage"]
+    prompt = usage["prompt_tokens"]
+    if not chat:
+        own = tokenizer(WORDS)["input_ids"]
+        assert prompt == len(own)
+        assert [one[:2] for one in ids] == [own[i : i + 2] for i in range(3)]
+        assert texts[2] == tokenizer.decode(own[2:7])
+        assert (texts[0], reasons) == (
+            "the ",
+            ["stop", "stop" if "cat sat" in tokenizer.decode(own[1:6]) else "length", "length"],
+        )
+        assert ("stop" in reasons) == bool(parrot.silenced)
+    assert usage["completion_tokens"] == sum(map(len, ids))
+    assert usage["total_tokens"] == prompt + usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions_tell_log_probabilities_their_way(post: Any, tokenizer: Any, stream: bool) -> None:
+    """Parallel lists; the chosen token is always among the alternatives; offsets count characters of the text."""
+    body = {"prompt": WORDS, "max_tokens": 4, "logprobs": 2, "stream": stream}
+    if stream:
+        *chunks, _ = events(post(**body).text)
+        parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        told = {key: [item for part in parts for item in part[key]] for key in parts[0]}
+    else:
+        told = post(**body).json()["choices"][0]["logprobs"]
+    ids = tokenizer(WORDS)["input_ids"]
+    texts = [tokenizer.decode([i]) for i in ids[:5]]
+    assert told["tokens"] == texts[:4]
+    assert told["text_offset"] == [len("".join(texts[:i])) for i in range(4)]
+    assert told["token_logprobs"] == pytest.approx([math.log(0.75)] * 4)
+    for i, top in enumerate(told["top_logprobs"]):
+        assert top == pytest.approx({texts[i]: math.log(0.75), texts[i + 1]: math.log(0.25)})
+    none = post(**{**body, "logprobs": 0, "stream": False}).json()["choices"][0]["logprobs"]
+    assert [list(top) for top in none["top_logprobs"]] == [[text] for text in texts[:4]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chats_tell_log_probabilities_their_way(post: Any, stream: bool) -> None:
+    """An entry a token, with its bytes: those of a split character join to it."""
+    messages = [{"role": "user", "content": "🦊 " * 20}]
+    body = {"messages": messages, "max_tokens": 12, "logprobs": True, "top_logprobs": 2, "stream": stream}
+    if stream:
+        *chunks, _ = events(post("/v1/chat/completions", **body).text)
+        content = [one for chunk in chunks for one in chunk["choices"][0]["logprobs"]["content"]]
+    else:
+        content = post("/v1/chat/completions", **body).json()["choices"][0]["logprobs"]["content"]
+    assert len(content) == 12
+    whole = bytes(byte for one in content for byte in one["bytes"]).decode(errors="ignore")
+    assert "🦊" in whole
+    assert any(one["token"].startswith("bytes:") for one in content)
+    for one in content:
+        assert one["logprob"] == pytest.approx(math.log(0.75))
+        assert [top["logprob"] for top in one["top_logprobs"]] == pytest.approx([math.log(0.75), math.log(0.25)])
+        assert one["top_logprobs"][0]["token"] == one["token"]
+    off = post("/v1/chat/completions", messages=messages, max_tokens=2, top_logprobs=2)
+    assert off.json()["error"]["param"] == "top_logprobs"
+
+
+def test_echo_repeats_the_prompt_before_the_answer(post: Any) -> None:
+    """Of each prompt, once, streamed or not."""
+    for stream in (False, True):
+        response = post(prompt=["the cat", "mat"], max_tokens=1, n=2, echo=True, stream=stream)
+        texts = ["", "", "", ""]
+        if stream:
+            for chunk in events(response.text)[:-1]:
+                texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        else:
+            texts = [choice["text"] for choice in response.json()["choices"]]
+        assert [text[:8].rstrip() for text in texts[:1]] == ["the catt"] or texts[0].startswith("the cat")
+        assert all(text.startswith("the cat") for text in texts[:2])
+        assert all(text.startswith("mat") for text in texts[2:])
+
+
+def test_what_stops_an_answer_is_told_and_shown_if_asked(post: Any, tokenizer: Any) -> None:
+    """`stop_reason` is the string or the token's id; include_stop_str_in_output leaves it in the text."""
+    ids = tokenizer(WORDS)["input_ids"]
+    by_text = post(prompt=WORDS, max_tokens=50, stop="on the").json()["choices"][0]
+    assert (by_text["text"], by_text["stop_reason"]) == ("the cat sat ", "on the")
+    shown = post(prompt=WORDS, max_tokens=50, stop="on the", include_stop_str_in_output=True).json()["choices"][0]
+    assert shown["text"] == "the cat sat on the"
+    by_token = post(prompt=WORDS, max_tokens=50, stop_token_ids=[ids[2]]).json()["choices"][0]
+    assert (by_token["text"], by_token["stop_reason"]) == (tokenizer.decode(ids[:2]), ids[2])
+    shown = post(prompt=WORDS, max_tokens=50, stop_token_ids=[ids[2]], include_stop_str_in_output=True).json()
+    assert shown["choices"][0]["text"] == tokenizer.decode(ids[:3])
+    assert post(prompt="the", max_tokens=2).json()["choices"][0]["stop_reason"] is None
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            "json_schema",
+            SCHEMA,
+        ),
+        ({"response_format": {"type": "regex", "pattern": "[ab]+"}}, "regex", "[ab]+"),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", SCHEMA),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "json_schema", SCHEMA),
+        ({"structured_outputs": {"json_object": True}}, "json_object", None),
+        ({"structured_outputs": {"regex": "x|y"}}, "regex", "x|y"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "choice", ["yes", "no"]),
+        ({"structured_outputs": {"grammar": 'root ::= "x"'}}, "ebnf", 'root ::= "x"'),
+    ],
+)
+def test_forms_of_answers_reach_the_engine(post: Any, parrot: Any, body: Any, kind: str, text: Any) -> None:
+    """OpenAI's response_format and vLLM's structured_outputs name the same grammars."""
+    assert post(prompt="the", max_tokens=2, **body).status_code == 200
+    grammar = parrot.params[-1].grammar
+    assert grammar.kind == kind
+    told = json.loads(grammar.text) if kind in ("json_schema", "choice") else grammar.text or None
+    assert told == text
+    assert post(prompt="the", max_tokens=2, response_format={"type": "text"}).status_code == 200
+    assert parrot.params[-1].grammar is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_says_when_to_come_back(post: Any, parrot: Any, stream: bool) -> None:
+    """429 with Retry-After in whole seconds, as the engine measured it, before any stream begins."""
+    parrot.full = QueueFull("9 requests wait already; send the request again in 7 s", 6.2)
+    response = post(prompt="the", stream=stream)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("timeout", "status"), [(5.0, 408), (None, 504)])
+def test_a_deadline_that_passes_is_an_error(
+    parrot: Any, connect: Any, stream: bool, timeout: float | None, status: int
+) -> None:
+    """408 for the client's own timeout, 504 for the server's; in a stream an event, and never a [DONE]."""
+
+    async def go() -> None:
+        real = parrot.generate
+
+        async def slow(prompt: Any, params: Any, **kwargs: Any) -> Any:
+            limited = replace(params, timeout_s=params.timeout_s or 5.0)
+            async for output in real(prompt, limited, **kwargs):
+                yield output
+                parrot.clock.advance(2.0)
+
+        parrot.generate = slow
+        async with connect(create_app(parrot)) as client:
+            body = {"prompt": WORDS, "max_tokens": 50, "timeout": timeout, "stream": stream}
+            response = await client.post("/v1/completions", json=body)
+            if stream:
+                *chunks, last = events(response.text)
+                assert len(chunks) == 3
+                error = last["error"]
+            else:
+                assert response.status_code == status
+                error = response.json()["error"]
+            assert (error["code"], error["param"]) == ("timeout", "timeout" if timeout else None)
+            assert "after 3 tokens" in error["message"]
+            seen = (await client.get("/v1/stats")).json()
+            assert seen["requests_by_finish_reason"] == {"timeout": 1}
+            assert parrot.running == set()
+
+    asyncio.run(go())
+
+
+def test_tenants_share_no_prefixes(parrot: Any, connect: Any) -> None:
+    """With several keys each has a salt of its own; a request may narrow it; with one key all share."""
+
+    async def salts(users: tuple[str, ...], *asks: tuple[str, str | None]) -> list[bytes]:
+        parrot.salts.clear()
+        async with connect(create_app(parrot, keys=Keys(users=users))) as client:
+            for key, salt in asks:
+                headers = {"authorization": f"Bearer {key}"}
+                body = {"prompt": "the", "cache_salt": salt}
+                assert (await client.post("/v1/completions", json=body, headers=headers)).status_code == 200
+        return list(parrot.salts)
+
+    async def go() -> None:
+        one = await salts(("a",), ("a", None), ("a", None), ("a", "s"))
+        assert one[0] == one[1] == b""
+        assert one[2] != b""
+        a, b, again, narrow = await salts(("a", "b"), ("a", None), ("b", None), ("a", None), ("a", "s"))
+        assert a == again
+        assert len({a, b, narrow, b""}) == 4
 
     asyncio.run(go())
