@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -157,19 +158,20 @@ def prepare(recipe: Recipe, cache: Path, say: Callable[[str], None]) -> Path:
     """The Python of the peer's environment, which is made first if it is not complete."""
     env = Environment(folder=cache / recipe.environment, say=say)
     done = env.folder / ".complete"
-    if not done.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        env.log.unlink(missing_ok=True)
-        if not env.python.exists():
-            env.step(sys.executable, "-m", "venv", env.folder)
-        recipe.install(env)
-        done.touch()
+    cache.mkdir(parents=True, exist_ok=True)
+    with env.folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another benchmark may be making it: then wait
+        if not done.exists():
+            env.log.unlink(missing_ok=True)
+            env.step(sys.executable, "-m", "venv", "--clear", env.folder)
+            recipe.install(env)
+            done.touch()
     return env.python
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """A peer's environment: with leave to keep bytecode, which its installation did not write."""
-    return os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | variables
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **variables}
 
 
 def tree(pid: int) -> list[psutil.Process]:
