@@ -174,7 +174,7 @@ def _ours(fields: Fields) -> FleetSpec:
 def _our_profile(f: Fields) -> LatencyProfile:
     f.only(
         "model", "accelerator", "alpha_ms", "beta_ms", "gamma_ms", "max_batch", "at_tokens", "max_step_tokens",
-        "accelerators", "queue_model",
+        "accelerators", "queue_model", "delta_ms",
     )  # fmt: skip
     return LatencyProfile(
         model=f.text("model", None),
@@ -182,6 +182,7 @@ def _our_profile(f: Fields) -> LatencyProfile:
         alpha_s=f.number("alpha_ms", None) * _MS,
         beta_s=f.number("beta_ms", None) * _MS,
         gamma_s=f.number("gamma_ms", None) * _MS,
+        delta_s=f.number("delta_ms") * _MS,
         max_batch=f.whole("max_batch"),
         at_tokens=f.whole("at_tokens"),
         max_step_tokens=f.whole("max_step_tokens"),

@@ -38,6 +38,7 @@ def _profile(f: Fields) -> LatencyProfile:
         alpha_s=f.number("alpha_s", None),
         beta_s=f.number("beta_s", None),
         gamma_s=f.number("gamma_s", None),
+        delta_s=f.number("delta_s"),
         max_batch=f.whole("max_batch"),
         at_tokens=f.whole("at_tokens"),
         max_step_tokens=f.whole("max_step_tokens"),

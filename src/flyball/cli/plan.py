@@ -32,7 +32,9 @@ def run(
     ] = None,
     queue_model: Annotated[
         str | None,
-        typer.Option(help="Queue model for every server: v3, v3-engine, v3-compat; default: each profile's."),
+        typer.Option(
+            help="Queue model for every server: v3, v3-engine, v3-compat, v2, v1, mm1k or linear; default: its profile's."
+        ),
     ] = None,
 ) -> None:
     """Plan a fleet: accelerator, replicas, batch, cost and expected latencies of every server."""

@@ -57,10 +57,11 @@ class LatencyProfile:
     generation: str = ""  # configuration it was measured under
     queue_model: str = "v3"
     condition_number: float | None = None  # of the fit; None: not fitted by us
+    delta_s: float = 0.0  # fourth parameter of a queue model that has one (v1)
 
     def __post_init__(self) -> None:
         owner = f"profile of {self.model} on {self.accelerator}"
-        _check(owner, alpha_s=self.alpha_s, beta_s=self.beta_s, gamma_s=self.gamma_s)
+        _check(owner, alpha_s=self.alpha_s, beta_s=self.beta_s, gamma_s=self.gamma_s, delta_s=self.delta_s)
         _check(owner, max_batch=self.max_batch, at_tokens=self.at_tokens, max_step_tokens=self.max_step_tokens)
         _check(owner, accelerators=self.accelerators, low=1)
 

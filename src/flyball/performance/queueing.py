@@ -23,6 +23,10 @@ _BUILT_IN = {
     "v3": "flyball.performance.queue_v3:V3",
     "v3-compat": "flyball.performance.queue_v3:V3_COMPAT",
     "v3-engine": "flyball.performance.queue_engine:V3_ENGINE",
+    "v1": "flyball.performance.queue_legacy:V1",
+    "v2": "flyball.performance.queue_legacy:V2",
+    "mm1k": "flyball.performance.queue_legacy:MM1K",
+    "linear": "flyball.performance.queue_legacy:LINEAR",
 }
 DEFAULT_STEP_TOKENS = 8192.0  # tokens computed in one step where nothing else is said
 
@@ -46,6 +50,7 @@ class Replicas:
     max_batch: Ints  # most requests in service
     max_queue: Ints  # most that wait
     max_step_tokens: Floats  # most tokens computed in a step
+    delta_s: Floats  # a fourth parameter, of laws that have one (v1)
 
     @classmethod
     def of(
@@ -59,20 +64,34 @@ class Replicas:
         max_batch: ArrayLike,
         max_queue: ArrayLike,
         max_step_tokens: ArrayLike = 0.0,
+        delta_s: ArrayLike = 0.0,
     ) -> Self:
         """Numbers or arrays, brought to one length; a step limit of 0 means the default."""
-        numbers = (alpha_s, beta_s, gamma_s, input_tokens, output_tokens, max_batch, max_queue, max_step_tokens)
-        a, b, g, n, m, batch, queue, step = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, float)) for v in numbers))
+        numbers = (
+            alpha_s,
+            beta_s,
+            gamma_s,
+            input_tokens,
+            output_tokens,
+            max_batch,
+            max_queue,
+            max_step_tokens,
+            delta_s,
+        )
+        a, b, g, n, m, batch, queue, step, delta = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(v, float)) for v in numbers)
+        )
         step = np.where(step > 0, step, DEFAULT_STEP_TOKENS)
         for name, array, low in (
             ("alpha_s", a, 0), ("beta_s", b, 0), ("gamma_s", g, 0), ("input_tokens", n, 0), ("output_tokens", m, 0),
             ("input_tokens + output_tokens", n + m, 1e-9), ("alpha_s + beta_s + gamma_s", a + b + g, 1e-300),
             ("max_batch", batch, 1), ("max_queue", queue, 0), ("max_step_tokens", step, 1),
+            ("delta_s", delta, 0),
         ):  # fmt: skip
             bad = ~(np.isfinite(array) & (array >= low))
             if bad.any():
                 raise InvalidInput(f"a replica's {name} is {array[bad][0]:g}; give a finite number of at least {low:g}")
-        return cls(a, b, g, n, m, batch.astype(np.int64), queue.astype(np.int64), step)
+        return cls(a, b, g, n, m, batch.astype(np.int64), queue.astype(np.int64), step, delta)
 
     def __len__(self) -> int:
         return len(self.alpha_s)

@@ -210,6 +210,7 @@ def _size_alike(model: QueueModel, pairs: Sequence[_Pair], search: bool) -> list
         max_batch=[p.batch or p.profile.max_batch or BATCH_CEILING for p in pairs],
         max_queue=[p.server.max_queue for p in pairs],
         max_step_tokens=[p.profile.max_step_tokens for p in pairs],
+        delta_s=[p.profile.delta_s for p in pairs],
     )
     goals = Goals.of(
         len(pairs),
