@@ -155,9 +155,10 @@ def _border(head: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> tup
     """The least probability kept [R, 1], how many of those equal to it are dropped [R], and whether that is certain.
 
     `head` [R, H] holds the largest probabilities in descending order, `mass` [R, 1] the sum of all. It is certain where
-    the last of the head is less likely than the border.
+    the last of the head is less likely than the border, and top-k, if any, cuts within the head.
     """
     size = head.shape[-1]
+    within = _column([float(p.top_k < size) for p in params], head)[:, 0] > 0
     top_k = _column([p.top_k if 0 < p.top_k < size else size for p in params], head)
     kept = torch.arange(size, device=head.device) < top_k
     if any(p.top_p < 1 for p in params):
@@ -170,7 +171,7 @@ def _border(head: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> tup
     count = kept.sum(-1, keepdim=True)  # the kept ones stand first
     least = head.gather(-1, count - 1)
     excess = (head >= least).sum(-1) - count[:, 0]
-    return least, excess, least[:, 0] > head[:, -1]
+    return least, excess, within & (least[:, 0] > head[:, -1])
 
 
 def _ascending(values: Tensor) -> Tensor:

@@ -172,6 +172,8 @@ class Scheduler:
         runtime, running = step.runtime, self.running
         if self._solos:
             running = [r for r in running if not r.solo]
+        if runtime.preemption_victim != "latest_arrival" or runtime.policy == "priority":
+            running = sorted(running, key=_victim_key(runtime))  # victims come last, and so can still be had
         # Decodes first, then prefills; with too small a budget for all, whoever waited longest since its last step.
         order = sorted(running, key=_turn)
         decoding = bool(order) and order[0].deficit == 1

@@ -8,7 +8,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from flyball.core.errors import InvalidInput
 from flyball.engine.request import SamplingParams
-from flyball.engine.sampler import processed_probabilities, sample, uniform
+from flyball.engine.sampler import first_maxima, processed_probabilities, sample, uniform
 
 
 @given(
@@ -103,3 +103,90 @@ def test_a_bad_parameter_is_refused_by_name(field: str, value: float) -> None:
     """The sentence names the field, what was given and what is needed."""
     with pytest.raises(InvalidInput, match=f"{field}={value}"):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The filters by their definition: one row, one stable sort."""
+    probs = (logits / params.temperature).double().softmax(-1)
+    ordered, order = probs.sort(descending=True, stable=True)
+    keep = torch.arange(len(probs)) < (params.top_k or len(probs))
+    mass = (ordered * keep).sum()
+    keep &= (ordered.cumsum(-1) - ordered < params.top_p * mass) | torch.tensor(params.top_p >= 1)
+    keep &= ordered >= params.min_p * ordered[0]
+    kept = torch.zeros_like(probs).scatter_(0, order, ordered * keep)
+    return kept / kept.sum()
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    scale=st.floats(0.01, 8.0),
+    top_k=st.sampled_from([0, 1, 5, 2047, 2048, 2049, 3000]),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.4]),
+)
+def test_filters_of_a_long_vocabulary_equal_their_definition(
+    seed: int, scale: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Whether few candidates settle the border or all are looked at: the same support, the same law."""
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(seed)) * scale
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    got = processed_probabilities(logits, [params] * 2)
+    for row, wanted in zip(got, (reference(logits[i], params) for i in range(2)), strict=True):
+        differ = ((row > 0) != (wanted > 0)).sum()
+        assert differ <= 1, "rounding may decide one token at the border of top-p"
+        assert (row.double() - wanted).abs().max() < 1e-4 * (1 + 10 * differ)
+
+
+def test_equal_probabilities_at_the_border_keep_the_lowest_ids() -> None:
+    """A coarse number format makes ties: of them the first stay, in few candidates and in many."""
+    few = processed_probabilities(torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]]), [SamplingParams(top_k=2)])
+    assert few.tolist() == [[0.0, 0.5, 0.5, 0.0, 0.0]]
+    many = processed_probabilities(torch.zeros(1, 5000), [SamplingParams(top_k=2500)])
+    assert many[0].nonzero()[:, 0].tolist() == list(range(2500))
+
+
+@given(seed=st.integers(0, 10_000), vocab=st.sampled_from([1, 5, 255, 256, 257, 511, 512, 513, 1000, 2048]))
+def test_the_first_maximum_is_argmax(seed: int, vocab: int) -> None:
+    """The fast way finds the lowest id of the maximum, ties and all."""
+    logits = torch.randint(0, 4, (6, vocab), generator=torch.Generator().manual_seed(seed)).float()
+    wanted = [row.tolist().index(row.max()) for row in logits]
+    assert first_maxima(logits).tolist() == wanted
+
+
+def test_draws_from_a_long_vocabulary_follow_the_distribution() -> None:
+    """Chunked inversion: 20 000 draws over 1 000 tokens in 50 bins stay under the 99.9 % quantile of chi-square(49)."""
+    n, vocab = 20_000, 1000
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(5))
+    tokens = torch.tensor(sample(logits.expand(n, -1), [SamplingParams()] * n, [7] * n, list(range(n))))
+    bins = torch.arange(vocab) % 50
+    observed = torch.zeros(50, dtype=torch.double).index_add_(0, bins[tokens], torch.ones(n, dtype=torch.double))
+    expected = torch.zeros(50, dtype=torch.double).index_add_(0, bins, logits.double().softmax(-1)[0]) * n
+    assert float(((observed - expected) ** 2 / expected).sum()) < 85.4
+
+
+def test_a_row_is_drawn_alike_alone_and_in_company() -> None:
+    """Oracle O3 for the sampler: 300 rows of every kind, in any order and number, give each the token it gets alone."""
+    generator = torch.Generator().manual_seed(1)
+    kinds = [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(temperature=0.3),
+             SamplingParams(top_k=7), SamplingParams(top_p=0.8, temperature=2.5),
+             SamplingParams(min_p=0.2)]  # fmt: skip
+    n = 300
+    logits = torch.randn(n, 3000, generator=generator) * 2
+    params = [kinds[i % len(kinds)] for i in range(n)]
+    seeds, positions = list(range(n)), [i % 13 for i in range(n)]
+    together = sample(logits, params, seeds, positions)
+    alone = [sample(logits[i : i + 1], params[i : i + 1], seeds[i : i + 1], positions[i : i + 1])[0] for i in range(n)]
+    assert together == alone
+    order = torch.randperm(n, generator=generator).tolist()
+    mixed = sample(logits[order], [params[i] for i in order], [seeds[i] for i in order], [positions[i] for i in order])
+    assert mixed == [together[i] for i in order]
+
+
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    """-1 says so, and the rows beside them are drawn as ever."""
+    logits = torch.zeros(4, 600)
+    logits[1, 3] = torch.nan
+    logits[2, :] = torch.nan
+    logits[3, 5] = 9.0
+    for params in (SamplingParams(temperature=0.0), SamplingParams(top_k=1), SamplingParams(top_k=1, temperature=0.5)):
+        assert sample(logits, [params] * 4, [0] * 4, [0] * 4) == [0, -1, -1, 5]
