@@ -205,12 +205,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rivals", default=",".join(RIVALS), help="default: all, %(default)s")
+    parser.add_argument(
+        "--cases", default=",".join(case.name for case in CASES), help="in this order; default: %(default)s"
+    )
     parser.add_argument("--kernels", choices=["auto", "compiled", "torch"], default="auto")
     parser.add_argument("--peers-folder", type=Path, default=_peers.CACHE, help="where peers are installed")
     args = parser.parse_args()
     rivals = [name for name in args.rivals.split(",") if name]
     if unknown := set(rivals) - set(RIVALS):
         parser.error(f"unknown rivals {sorted(unknown)}; there are {', '.join(RIVALS)}")
+    by_name = {case.name: case for case in CASES}
+    cases = [name for name in args.cases.split(",") if name]
+    if unknown := set(cases) - set(by_name):
+        parser.error(f"unknown cases {sorted(unknown)}; there are {', '.join(by_name)}")
     torch.set_num_threads(args.threads)
     hf_logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
@@ -234,7 +241,7 @@ def main() -> None:
             contenders |= {name: here(TRANSFORMERS[name](path)) for name in rivals if name in TRANSFORMERS}
             contenders |= {name: elsewhere(peer) for name, peer in peers.items()}
             roof = Roofline.measure()
-            for seed, case in enumerate(CASES):
+            for seed, case in enumerate(by_name[name] for name in cases):
                 turns, same = compare(contenders, case, args.rounds, args.threads, seed, console.print)
                 roof = roof.better(Roofline.measure())
                 report(case, turns, same, roof, core.runner.kernels, {n: p.version for n, p in peers.items()})
