@@ -7,12 +7,11 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,20 +235,19 @@ class Peer:
         """End the worker and its children: by the end of its input, then by signals."""
         if self._process.stdin:
             self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            stop(self._process)
+        stop(self._process)
 
 
 def stop(process: subprocess.Popen[str], grace_s: float = 10.0) -> None:
-    """End a process group that was started here (`start_new_session`)."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(grace_s)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+    """End a process and all its children, which may have left its group: by SIGTERM to it, then by SIGKILL to all."""
+    if process.poll() is None:
+        members = tree(process.pid)
+        process.terminate()
+        for survivor in psutil.wait_procs(members, timeout=grace_s)[1]:
+            survivor.kill()
+    process.wait()
 
 
 @contextmanager
