@@ -114,7 +114,7 @@ class _Demo:
         self._flyball(
             "tune", "--url", self.url, *_slo(bounds), "--maximize", "goodput", *TRAFFIC,
             "--rate", f"{before.arrival_rps:.3g}", "--duration", str(WINDOW_S), "--trials", str(TRIALS),
-            "--repeats", str(PAIRS), "--knob", "max_num_batched_tokens=32..2048", "--knob", "max_num_seqs=4..64",
+            "--repeats", str(PAIRS), "--knob", "max_num_batched_tokens=32..2048", "--knob", "max_num_seqs=8..64",
             "--knob", "max_wait_ms=0", "--knob", "prefix_caching=true",
             "--study", str(self.out / "study.db"), "--name", "demo", "--report", str(report), "--apply",
         )  # fmt: skip
