@@ -16,6 +16,10 @@ from flyball.engine.request import Grammar
 
 _CACHE_BYTES = 64 * 2**20
 
+# What xgrammar writes for a character of a bounded string, and what it should be.
+_TOO_MUCH = r"[^\"\\\r\n]"
+_STRING_CHARACTER = r"[^\"\\\0-\x1f]"
+
 
 class GrammarCompiler:
     """Grammars of one model's tokens; safe to call from several threads."""
@@ -35,7 +39,7 @@ class GrammarCompiler:
             if grammar.kind == "json_object":
                 return compiler.compile_json_schema('{"type": "object"}')
             if grammar.kind == "json_schema":
-                return compiler.compile_json_schema(json.dumps(json.loads(grammar.text)))
+                return _compile_schema(compiler, json.dumps(json.loads(grammar.text)))
             text = _one_of(grammar.text) if grammar.kind == "choice" else grammar.text
             return compiler.compile_grammar(text)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -64,6 +68,16 @@ class GrammarCompiler:
             )
             self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
         return self._compiler
+
+
+def _compile_schema(compiler: Any, schema: str) -> Any:  # noqa: ANN401  # untyped library
+    """xgrammar 0.2.8 lets strings of bounded length hold raw control characters, which JSON forbids: put that right."""
+    import xgrammar
+
+    text = str(xgrammar.Grammar.from_json_schema(schema))
+    if _TOO_MUCH not in text:
+        return compiler.compile_json_schema(schema)
+    return compiler.compile_grammar(text.replace(_TOO_MUCH, _STRING_CHARACTER))
 
 
 def _one_of(text: str) -> str:
