@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from flyball.core.errors import InvalidInput
+
+_Name = TypeVar("_Name", bound=str)
 
 
 class Fields:
@@ -68,6 +70,14 @@ class Fields:
         if not isinstance(value, str) or (default is None and not value.strip()):
             self._refuse(key, "a text" if default is not None else "a text that is not empty")
         return value
+
+    def choice(self, key: str, names: Sequence[_Name]) -> _Name:
+        """One of some names, in any case; the first if missing or empty."""
+        value = self.text(key).lower()
+        found = [name for name in names if name.lower() == value]
+        if value and not found:
+            self._refuse(key, f"one of {', '.join(names)}")
+        return found[0] if found else names[0]
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""

@@ -15,7 +15,9 @@ from flyball.adapters.fields import Fields, read_fields
 from flyball.core.errors import InvalidInput
 from flyball.core.fleet import (
     LOWEST_PRIORITY,
+    SATURATION_POLICIES,
     Accelerator,
+    Allocation,
     Demand,
     FleetPlan,
     FleetSpec,
@@ -93,8 +95,17 @@ def _system(section: Callable[[str], Fields]) -> FleetSpec:
         ),
         servers=servers,
         capacity={f.text("type", None): f.whole("count") for f in section("capacityData").each("count")},
-        unlimited=section("optimizerData").inside("optimizer").flag("unlimited"),
+        **_system_settings(section("optimizerData").inside("optimizer")),
     )
+
+
+def _system_settings(f: Fields) -> dict[str, Any]:
+    return {
+        "unlimited": f.flag("unlimited"),
+        "heterogeneous": f.flag("heterogeneous"),
+        "delayed_best_effort": f.flag("delayedBestEffort"),
+        "saturation_policy": f.choice("saturationPolicy", SATURATION_POLICIES),
+    }
 
 
 def _system_profile(f: Fields) -> LatencyProfile:
@@ -228,6 +239,17 @@ def _our_server(f: Fields) -> ServerSpec:
     )
 
 
+def _part(a: Allocation) -> dict[str, Any]:
+    return {
+        "accelerator": a.accelerator,
+        "numReplicas": a.replicas,
+        "maxBatch": a.max_batch,
+        "cost": a.cost_per_h,
+        "itlAverage": a.itl_s / _MS,
+        "ttftAverage": a.ttft_s / _MS,
+    }
+
+
 def allocation_solution(spec: FleetSpec, plan: FleetPlan) -> dict[str, Any]:
     """A plan as llm-inferno's AllocationSolution, with `totalCost`, and `unserved` with reasons where there are any.
 
@@ -238,12 +260,9 @@ def allocation_solution(spec: FleetSpec, plan: FleetPlan) -> dict[str, Any]:
     for name, a in plan.allocations.items():
         demand = servers[name].demand
         allocations[name] = {
-            "accelerator": a.accelerator,
-            "numReplicas": a.replicas,
-            "maxBatch": a.max_batch,
-            "cost": a.cost_per_h,
-            "itlAverage": a.itl_s / _MS,
-            "ttftAverage": a.ttft_s / _MS,
+            **_part(a),
+            **({} if a.slo_met else {"sloMet": False}),
+            **({"also": [_part(part) for part in a.also]} if a.also else {}),
             "load": {
                 "arrivalRate": demand.arrival_rps / _PER_MINUTE,
                 "throughput": demand.arrival_rps * (1 - a.loss) / _PER_MINUTE,

@@ -30,10 +30,15 @@ def run(
     profile: Annotated[
         list[Path] | None, typer.Option(help="Measured profiles from `flyball fit`, in place of the spec's.")
     ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="exact, heterogeneous, greedy or unlimited; default: as the spec says, or else exact."),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds that the solver may take.", min=0)] = 60.0,
     queue_model: Annotated[
         str | None,
         typer.Option(
-            help="Queue model for every server: v3, v3-engine, v3-compat, v2, v1, mm1k or linear; default: its profile's."
+            help="Queue model for every server: v3, v3-engine, v3-compat, v2, v1, mm1k, linear; default: the profile's."
         ),
     ] = None,
 ) -> None:
@@ -56,9 +61,9 @@ def run(
         fleet = replace(fleet, servers=tuple(replace(s, max_queue=max_queue) for s in fleet.servers))
     if unlimited is not None:
         fleet = replace(fleet, unlimited=unlimited)
-    if not fleet.unlimited:
+    if solver in {"exact", "heterogeneous"} or (solver is None and not fleet.unlimited):
         require("plan", "highspy", "scipy")
-    result = plan(fleet, queue_model=queue_model)
+    result = plan(fleet, queue_model=queue_model, solver=solver, time_limit_s=time_limit)
     if output == "json":
         typer.echo(json.dumps(allocation_solution(fleet, result), indent=2))
         return
@@ -74,18 +79,21 @@ def _table(fleet: FleetSpec, result: FleetPlan) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = f"{len(result.allocations)} of {len(fleet.servers)} servers planned ({result.solver})"
+    gap = "" if result.gap is None else f", at most {result.gap:.2%} above the optimum"
+    title = f"{len(result.allocations)} of {len(fleet.servers)} servers planned ({result.solver}{gap})"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for name in ("server", "accelerator"):
         table.add_column(name, overflow="fold")
     for name in ("replicas", "batch", "cost/h", "TTFT ms", "ITL ms", "used", "lost"):
         table.add_column(name, justify="right")
-    for name, a in result.allocations.items():
-        table.add_row(
-            name, a.accelerator or "-", str(a.replicas), str(a.max_batch), f"{a.cost_per_h:,.2f}",
-            f"{a.ttft_s * 1e3:,.1f}", f"{a.itl_s * 1e3:,.1f}", f"{a.utilization:.0%}", f"{a.loss:.2%}",
-        )  # fmt: skip
+    for server, whole in result.allocations.items():
+        for a in (whole, *whole.also):
+            name = server if a.slo_met else f"{server} (targets missed)"
+            table.add_row(
+                name, a.accelerator or "-", str(a.replicas), str(a.max_batch), f"{a.cost_per_h:,.2f}",
+                f"{a.ttft_s * 1e3:,.1f}", f"{a.itl_s * 1e3:,.1f}", f"{a.utilization:.0%}", f"{a.loss:.2%}",
+            )  # fmt: skip
     table.add_section()
-    total = sum(a.replicas for a in result.allocations.values())
+    total = sum(part.replicas for a in result.allocations.values() for part in (a, *a.also))
     table.add_row("total", "", str(total), "", f"{result.cost_per_h:,.2f}", "", "", "", "", style="bold")
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from flyball.core.errors import InvalidInput
 
@@ -161,6 +162,10 @@ def _named(kind: str, names: Iterable[str]) -> None:
         seen.add(name)
 
 
+SaturationPolicy = Literal["None", "PriorityExhaustive", "PriorityRoundRobin", "RoundRobin"]
+SATURATION_POLICIES: tuple[SaturationPolicy, ...] = get_args(SaturationPolicy)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSpec:
     """All that a plan is made from."""
@@ -171,6 +176,9 @@ class FleetSpec:
     servers: tuple[ServerSpec, ...]
     capacity: Mapping[str, int] = field(default_factory=dict)  # cards of each accelerator type
     unlimited: bool = False  # plan as if every type were plentiful
+    heterogeneous: bool = False  # a server's replicas may run on several accelerators
+    saturation_policy: SaturationPolicy = "None"  # of the greedy solver, where capacity is short
+    delayed_best_effort: bool = False  # its best effort waits until every priority has been served
 
     def __post_init__(self) -> None:
         _named("accelerator", (a.name for a in self.accelerators))
@@ -213,6 +221,8 @@ class Allocation(Placement):
     utilization: float = 0.0  # share of the batch in use
     loss: float = 0.0  # share of requests turned away because the queue is full
     capacity_rps: float = 0.0  # of all replicas together, within the targets
+    slo_met: bool = True  # False where capacity was short, and fewer replicas run than the targets need
+    also: tuple[Allocation, ...] = ()  # further replicas of the server, on other accelerators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +232,17 @@ class FleetPlan:
     allocations: Mapping[str, Allocation]  # by server, in the spec's order
     unserved: Mapping[str, str]  # server -> reason
     solver: str
+    value: float = 0.0  # what the solver minimised, for the servers planned
+    bound: float | None = None  # no plan for the same servers has a smaller value; None: the solver proves nothing
 
     @property
     def cost_per_h(self) -> float:
         """Of all allocations."""
-        return math.fsum(a.cost_per_h for a in self.allocations.values())
+        return math.fsum(part.cost_per_h for a in self.allocations.values() for part in (a, *a.also))
+
+    @property
+    def gap(self) -> float | None:
+        """How far the value may be above the least one, relative to it; None: not known."""
+        if self.bound is None:
+            return None
+        return max(self.value - self.bound, 0.0) / max(abs(self.value), 1e-9)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from flyball.core.fleet import FleetPlan, FleetSpec
 from flyball.planner.problem import build
 from flyball.planner.solvers import solver as solver_named
@@ -9,12 +12,16 @@ from flyball.planner.solvers import solver as solver_named
 TIME_LIMIT_S = 60.0
 
 
-def plan(spec: FleetSpec, *, queue_model: str | None = None, time_limit_s: float = TIME_LIMIT_S) -> FleetPlan:
+def plan(
+    spec: FleetSpec, *, queue_model: str | None = None, solver: str | None = None, time_limit_s: float = TIME_LIMIT_S
+) -> FleetPlan:
     """Choose accelerator, replicas and batch for every server.
+
+    Without a solver's name the spec decides: unlimited, heterogeneous, or else exact.
 
     A server that cannot be served is named with its reason; the rest is planned all the same.
     """
-    solver = "unlimited" if spec.unlimited else "exact"
+    solver = solver or ("unlimited" if spec.unlimited else "heterogeneous" if spec.heterogeneous else "exact")
     problem = build(spec, queue_model)
     solution = solver_named(solver)(problem, time_limit_s=time_limit_s)
     allocations, unserved = {}, {}
@@ -22,5 +29,7 @@ def plan(spec: FleetSpec, *, queue_model: str | None = None, time_limit_s: float
         if candidate is None:
             unserved[choice.server.name] = reason
         else:
-            allocations[choice.server.name] = candidate.allocation
-    return FleetPlan(allocations=allocations, unserved=unserved, solver=solver)
+            also = tuple(part.allocation for part in candidate.also)
+            allocations[choice.server.name] = replace(candidate.allocation, also=also) if also else candidate.allocation
+    value = math.fsum(c.value for c in solution.chosen if c is not None)
+    return FleetPlan(allocations=allocations, unserved=unserved, solver=solver, value=value, bound=solution.bound)

@@ -20,6 +20,7 @@ from flyball.core.fleet import (
     FleetSpec,
     LatencyProfile,
     Placement,
+    SaturationPolicy,
     ServerSpec,
     Targets,
 )
@@ -27,6 +28,7 @@ from flyball.performance.queueing import QueueModel, Replicas, queue_model
 from flyball.performance.sizing import Goals, analyze_replicas, optimal_batch, size_replicas
 
 BATCH_CEILING = 256  # of the search for a batch, where the profile states none (vLLM's usual max_num_seqs)
+_ROUNDING = 1e-9  # relative
 MOVE_PENALTY = 0.1  # of both costs, for leaving an accelerator (llm-inferno's AccelPenaltyFactor)
 
 
@@ -38,6 +40,13 @@ class Candidate:
     type: str = ""  # of accelerator, as capacity counts it
     cards: int = 0  # of that type, all replicas together
     value: float = 0.0  # what solvers minimise: cost per hour plus the price of moving
+    sizing: Sizing | None = None  # what it was sized from; None: nothing runs
+    also: tuple[Candidate, ...] = ()  # further replicas, on other accelerators
+
+    @property
+    def cards_each(self) -> int:
+        """Cards of one replica."""
+        return self.cards // max(self.allocation.replicas, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,8 @@ class Problem:
 
     choices: tuple[Choice, ...]
     capacity: Mapping[str, int]  # cards of each type
+    saturation_policy: SaturationPolicy = "None"
+    delayed_best_effort: bool = False
 
 
 def transition_value(current: Placement, new: Placement) -> float:
@@ -83,11 +94,51 @@ def build(spec: FleetSpec, model: str | None = None) -> Problem:
         candidates, reason = ((), outcome) if isinstance(outcome, str) else _settle(server, answers)
         priority = priorities.get(server.service_class, LOWEST_PRIORITY)
         choices.append(Choice(server=server, priority=priority, candidates=candidates, reason=reason))
-    return Problem(choices=tuple(choices), capacity=spec.capacity)
+    return Problem(
+        choices=tuple(choices),
+        capacity=spec.capacity,
+        saturation_policy=spec.saturation_policy,
+        delayed_best_effort=spec.delayed_best_effort,
+    )
+
+
+def with_replicas(candidate: Candidate, replicas: int, *, rate_rps: float, value: float) -> Candidate:
+    """The same way to run a server with another number of replicas, and what its requests see at a rate."""
+    assert candidate.sizing is not None  # who runs replicas was sized
+    a, pair = candidate.allocation, candidate.sizing.pair
+    rates = np.array([rate_rps / replicas])
+    seen = analyze_replicas(queue_model(candidate.sizing.model), _replicas([pair], [a.max_batch]), rates)
+    ttft_s, itl_s = float(seen.ttft_s[0]), float(seen.itl_s[0])
+    share = replicas / a.replicas
+    allocation = dataclasses.replace(
+        a,
+        replicas=replicas,
+        cost_per_h=a.cost_per_h * share,
+        capacity_rps=a.capacity_rps * share,
+        ttft_s=ttft_s,
+        itl_s=itl_s,
+        utilization=float(seen.utilization[0]),
+        loss=float(seen.loss[0]),
+        slo_met=rate_rps <= a.capacity_rps * share * (1 + _ROUNDING),
+    )
+    return dataclasses.replace(candidate, allocation=allocation, cards=candidate.cards_each * replicas, value=value)
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Sizing:
+    """What a candidate was sized from."""
+
+    pair: Pair
+    model: str  # queue model
+
+    @property
+    def rate_rps(self) -> float:
+        """What the server's replicas together must take."""
+        return self.pair.rate_rps
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
     """A server on an accelerator, before it is sized."""
 
     server: ServerSpec
@@ -115,7 +166,7 @@ class _Pair:
 class _TooSlow:
     """A pair that misses a target however little load it is given."""
 
-    pair: _Pair
+    pair: Pair
     ttft_s: float  # when idle; NaN where the queue model has no answer
     itl_s: float
 
@@ -132,7 +183,7 @@ class _TooSlow:
         return f"{name} needs TTFT {self.ttft_s * 1e3:.4g} ms and ITL {self.itl_s * 1e3:.4g} ms when idle"
 
 
-def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
+def _outcomes(spec: FleetSpec) -> list[list[Pair] | str]:
     """For each server the pairs to size, or the reason why it cannot be run; no pair where nothing need run."""
     accelerators = {a.name: a for a in spec.accelerators}
     classes = {c.name: c for c in spec.service_classes}
@@ -140,7 +191,7 @@ def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
     for profile in spec.profiles:
         profiles.setdefault(profile.model, []).append(profile)
 
-    def pairs(server: ServerSpec) -> list[_Pair] | str:
+    def pairs(server: ServerSpec) -> list[Pair] | str:
         service = classes.get(server.service_class)
         if service is None:
             return f"its service class {server.service_class!r} is not defined; define it or correct the name"
@@ -157,7 +208,7 @@ def _outcomes(spec: FleetSpec) -> list[list[_Pair] | str]:
         if not known:
             kept = f" that it is to keep ({server.current.accelerator!r})" if server.keep_accelerator else ""
             return f"model {server.model!r} has no latency profile on any accelerator{kept}; measure one (flyball fit)"
-        return [_Pair(server, accelerators[p.accelerator], p, targets) for p in known]
+        return [Pair(server, accelerators[p.accelerator], p, targets) for p in known]
 
     return [pairs(server) for server in spec.servers]
 
@@ -187,31 +238,37 @@ def _settle(server: ServerSpec, answers: Sequence[Candidate | _TooSlow]) -> tupl
     )
 
 
-def _size(pairs: Sequence[_Pair], model: str | None) -> list[Candidate | _TooSlow]:
+def _size(pairs: Sequence[Pair], model: str | None) -> list[Candidate | _TooSlow]:
     """Size all pairs, together those that share a queue model and a rule for the batch."""
     groups: dict[tuple[str, bool], list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault((model or pair.profile.queue_model, pair.batch == 0), []).append(index)
     answers: dict[int, Candidate | _TooSlow] = {}
     for (name, search), members in groups.items():
-        answers.update(zip(members, _size_alike(queue_model(name), [pairs[i] for i in members], search), strict=True))
+        answers.update(zip(members, _size_alike(name, [pairs[i] for i in members], search), strict=True))
     return [answers[index] for index in range(len(pairs))]
 
 
-def _size_alike(model: QueueModel, pairs: Sequence[_Pair], search: bool) -> list[Candidate | _TooSlow]:
-    """Size pairs under one queue model, with their own batch limits or with the best ones under their ceilings."""
+def _replicas(pairs: Sequence[Pair], batches: Sequence[int]) -> Replicas:
+    """One replica of each pair, with a batch limit, under its server's load."""
     demands = [p.server.demand for p in pairs]
-    replicas = Replicas.of(
+    return Replicas.of(
         alpha_s=[p.profile.alpha_s for p in pairs],
         beta_s=[p.profile.beta_s for p in pairs],
         gamma_s=[p.profile.gamma_s for p in pairs],
         input_tokens=[d.input_tokens for d in demands],
         output_tokens=[d.output_tokens if d.input_tokens else max(d.output_tokens, 1.0) for d in demands],
-        max_batch=[p.batch or p.profile.max_batch or BATCH_CEILING for p in pairs],
+        max_batch=batches,
         max_queue=[p.server.max_queue for p in pairs],
         max_step_tokens=[p.profile.max_step_tokens for p in pairs],
         delta_s=[p.profile.delta_s for p in pairs],
     )
+
+
+def _size_alike(name: str, pairs: Sequence[Pair], search: bool) -> list[Candidate | _TooSlow]:
+    """Size pairs under one queue model, with their own batch limits or with the best ones under their ceilings."""
+    model: QueueModel = queue_model(name)
+    replicas = _replicas(pairs, [p.batch or p.profile.max_batch or BATCH_CEILING for p in pairs])
     goals = Goals.of(
         len(pairs),
         ttft_s=[p.targets.ttft_s or math.inf for p in pairs],
@@ -234,14 +291,15 @@ def _size_alike(model: QueueModel, pairs: Sequence[_Pair], search: bool) -> list
     )  # fmt: skip
     idle = zip(sized.feasible.tolist(), sized.idle_ttft_s.tolist(), sized.idle_itl_s.tolist(), strict=True)
     return [
-        _candidate(pair, *number) if feasible else _TooSlow(pair, ttft_s, itl_s)
+        _candidate(Sizing(pair, name), *number) if feasible else _TooSlow(pair, ttft_s, itl_s)
         for pair, number, (feasible, ttft_s, itl_s) in zip(pairs, numbers, idle, strict=True)
     ]
 
 
 def _candidate(
-    pair: _Pair, replicas: int, batch: int, ttft_s: float, itl_s: float, utilization: float, loss: float, rps: float
+    sizing: Sizing, replicas: int, batch: int, ttft_s: float, itl_s: float, utilization: float, loss: float, rps: float
 ) -> Candidate:
+    pair = sizing.pair
     each = pair.profile.accelerators
     allocation = Allocation(
         accelerator=pair.accelerator.name,
@@ -259,4 +317,5 @@ def _candidate(
         type=pair.accelerator.type,
         cards=pair.accelerator.units * each * replicas,
         value=transition_value(pair.server.current, allocation),
+        sizing=sizing,
     )

@@ -14,7 +14,7 @@ from flyball.planner.solvers import solver
 
 def test_a_wrong_name_says_which_there_are() -> None:
     """The registry names its solvers to who asks for another."""
-    with pytest.raises(InvalidInput, match="unknown solver 'magic'; use one of unlimited, exact"):
+    with pytest.raises(InvalidInput, match="unknown solver 'magic'; use one of unlimited, exact, greedy, het"):
         solver("magic")
 
 
@@ -29,5 +29,5 @@ def test_bounds_are_kept(sample: Callable[..., FleetSpec]) -> None:
 
 def test_without_time_there_is_no_plan(sample: Callable[..., FleetSpec]) -> None:
     """A limit that leaves no time for a first solution is told, and nothing half done is passed for a plan."""
-    with pytest.raises(Infeasible, match="no plan for 27 servers was found in 0 s; allow more time"):
+    with pytest.raises(Infeasible, match="no plan was found within the time limit; allow more time"):
         solver("exact")(build(sample("large", 128)), time_limit_s=0.0)

@@ -6,17 +6,20 @@ A third party adds one through the entry point group `flyball.solvers`: a name, 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol, cast
 
 from flyball.core.errors import InvalidInput
-from flyball.planner.problem import Candidate, Problem
+from flyball.planner.problem import Candidate, Choice, Problem
 
 _GROUP = "flyball.solvers"
 _BUILT_IN = {
     "unlimited": "flyball.planner.solvers.unlimited:solve",
     "exact": "flyball.planner.solvers.exact:solve",
+    "greedy": "flyball.planner.solvers.greedy:solve",
+    "heterogeneous": "flyball.planner.solvers.heterogeneous:solve",
 }
 
 
@@ -26,7 +29,7 @@ class Solution:
 
     chosen: tuple[Candidate | None, ...]
     reasons: tuple[str, ...]  # "" where a candidate was chosen
-    bound: float  # no solution of the same servers has a smaller value
+    bound: float | None  # no solution of the same servers has a smaller value; None: nothing is proven
 
 
 class Solver(Protocol):
@@ -48,3 +51,14 @@ def solver(name: str) -> Solver:
         known = ", ".join((*_BUILT_IN, *found))
         raise InvalidInput(f"unknown solver {name!r}; use one of {known}, or install a package that provides it")
     return cast("Solver", found[name].load())
+
+
+def no_room(choice: Choice, left: Mapping[str, int]) -> str:
+    """Why a choice came to nothing, with these cards left."""
+    if choice.reason:
+        return choice.reason
+    options = [f"{c.cards} {c.type} ({left.get(c.type, 0)} left)" for c in choice.candidates]
+    more = f" or {len(options) - 3} other ways" if len(options) > 3 else ""
+    return (
+        f"the capacity is too small: it needs {' or '.join(options[:3])}{more}; add accelerators or raise its priority"
+    )
