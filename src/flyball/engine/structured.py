@@ -18,7 +18,7 @@ _CACHE_BYTES = 64 * 2**20
 
 # What xgrammar writes for a character of a bounded string, and what it should be.
 _TOO_MUCH = r"[^\"\\\r\n]"
-_STRING_CHARACTER = r"[^\"\\\0-\x1f]"
+_STRING_CHARACTER = r"[^\"\\\0-\x1f\uD800-\uDFFF]"
 
 
 class GrammarCompiler:
@@ -71,7 +71,11 @@ class GrammarCompiler:
 
 
 def _compile_schema(compiler: Any, schema: str) -> Any:  # noqa: ANN401  # untyped library
-    """xgrammar 0.2.8 lets strings of bounded length hold raw control characters, which JSON forbids: put that right."""
+    """Put right what xgrammar 0.2.8 lets into strings of bounded length.
+
+    That is raw control characters, which JSON forbids, and surrogates, which are no UTF-8 and are decoded to more
+    characters than were counted.
+    """
     import xgrammar
 
     text = str(xgrammar.Grammar.from_json_schema(schema))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from flyball.core.errors import InvalidInput
 from flyball.engine.request import Grammar
@@ -42,6 +43,16 @@ def test_lengths_still_bind() -> None:
     assert [takes(grammar, json.dumps("é" * n, ensure_ascii=False)) for n in (1, 2, 500, 501)] == [
         False, True, True, False,
     ]  # fmt: skip
+
+
+def test_a_bounded_string_holds_no_surrogates() -> None:
+    """Bytes ED A0 80 are no character but would be decoded to three: the length would be wrong."""
+    matcher = COMPILER.matcher(of_schema({"type": "string", "maxLength": 2}))
+    encoded = dict(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\ud7ff"))
+    raw = [TOKENIZER.convert_tokens_to_ids(c) for c in '"' + "".join(encoded)]
+    assert [matcher.accept_token(i) for i in raw] == [True] * 4  # ED 9F BF: the last character before them
+    assert matcher.accept_token(raw[1])
+    assert not matcher.accept_token(TOKENIZER.convert_tokens_to_ids("\u0142"))  # A0 in a byte-level vocabulary
 
 
 def test_each_kind_takes_its_own() -> None:
