@@ -50,6 +50,9 @@ def run(
     knob: Annotated[
         list[str] | None, typer.Option(help="NAME=LOW..HIGH, NAME=A,B,C or NAME=VALUE; may be given several times.")
     ] = None,
+    named_only: Annotated[
+        bool, typer.Option("--named-only", help="Search the knobs named by --knob; all others stay as they are.")
+    ] = False,
     constraint: Annotated[
         list[str] | None, typer.Option(help="A relation every configuration must satisfy, such as 'a <= 2 * b'.")
     ] = None,
@@ -151,7 +154,7 @@ def run(
             settle=_first_seconds(first, settle),
         )  # fmt: skip
         problem = Problem(
-            lattice=_lattice(target, narrow, constraint or ()), objective=objective, bounds=bounds,
+            lattice=_lattice(target, narrow, constraint or (), named_only=named_only), objective=objective, bounds=bounds,
             workload=first.source, service=facts.model,
         )  # fmt: skip
         found = tune_session.tune(
@@ -209,7 +212,9 @@ def _objective(maximize: str | None, minimize: str | None) -> Objective:
     return Objective.parse(maximize or "goodput")
 
 
-def _lattice(target: FlyballTarget, narrow: Mapping[str, str], constraints: Sequence[str]) -> Lattice:
+def _lattice(
+    target: FlyballTarget, narrow: Mapping[str, str], constraints: Sequence[str], *, named_only: bool
+) -> Lattice:
     """The server's live knobs, narrowed; known constraints on knobs that it does not have are left out."""
     from flyball.adapters.engines.flyball_http import CONSTRAINTS, search_ranges
     from flyball.tuner.constraints import Constraint
@@ -217,7 +222,11 @@ def _lattice(target: FlyballTarget, narrow: Mapping[str, str], constraints: Sequ
 
     space = target.space()
     known = [text for text in CONSTRAINTS if all(name in space for name in Constraint(text).names)]
-    return Lattice.of(space, search_ranges(space) | dict(narrow), [*known, *constraints], target.configuration())
+    in_force = target.configuration()
+    ranges = search_ranges(space)
+    if named_only:
+        ranges = {name: str(value).lower() for name, value in in_force.items()}
+    return Lattice.of(space, ranges | dict(narrow), [*known, *constraints], in_force)
 
 
 def _first_seconds(workload: Workload, seconds: float) -> Workload | None:
