@@ -13,15 +13,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flyball.adapters.bench_files import BenchResult
-    from flyball.adapters.bench_points import WindowFit
     from flyball.numerics.markov import Floats
+    from flyball.performance.fit import Fit
 
 HOLDOUT_TARGET = 0.2  # relative error at a load that was not fitted
 
 
 def run(
     windows: Annotated[
-        list[Path], typer.Argument(help="Results of `flyball bench --out`, at two or more loads and two token mixes.")
+        list[Path],
+        typer.Argument(
+            help="Results of `flyball bench --out`, at two or more loads and two token mixes; or others' sweeps."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Write the profile to this JSON file.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model in the fleet spec; default: as served.")] = None,
@@ -32,6 +35,8 @@ def run(
     queue_model: Annotated[
         str, typer.Option(help="Law to fit: v3-engine, or v3 with llm-inferno's reading of the first token.")
     ] = "v3-engine",
+    max_batch: Annotated[int, typer.Option(help="Batch limit of a server that others' sweeps measured.", min=1)] = 256,
+    first_points: Annotated[int | None, typer.Option(help="Fit only so many points of each sweep.", min=1)] = None,
 ) -> None:
     """Fit alpha, beta, gamma to bench windows, and say how well the data determine them."""
     from flyball.cli import require
@@ -43,7 +48,11 @@ def run(
     from flyball.adapters.bench_files import read_bench
     from flyball.adapters.bench_points import check_alike, fit_windows, operating_point, prediction_errors, unusable
     from flyball.adapters.profile_files import write_profiles
+    from flyball.adapters.sweep_files import is_sweep
 
+    if any(is_sweep(path) for path in windows):
+        _train(windows, out, model or "model", accelerator, queue_model, max_batch, first_points)
+        return
     fitted = {str(path): read_bench(path) for path in windows}
     held_out = {str(path): read_bench(path) for path in holdout or ()}
     check_alike(fitted | held_out)
@@ -69,15 +78,47 @@ def run(
         f"alpha {profile.alpha_s * 1e3:.5g} ms a step, beta {profile.beta_s * 1e3:.5g} ms a token computed, "
         f"gamma {profile.gamma_s * 1e3:.5g} ms a cached token read ({queue_model})"
     )
-    console.print(_identification(found))
+    console.print(_identification(found.fit))
     if out is not None:
         write_profiles(out, [profile])
         console.print(f"wrote {out}: model {profile.model!r} on {profile.accelerator!r}")
 
 
-def _identification(found: WindowFit) -> str:
-    kappa = f"condition number {found.fit.condition_number:.4g}"
-    if found.fit.identified:
+def _train(
+    sweeps: list[Path], out: Path | None, model: str, accelerator: str, law: str, max_batch: int, first: int | None
+) -> None:
+    """Fit all points of others' sweeps, by the mean squared relative error."""
+    from flyball.adapters.profile_files import write_profiles
+    from flyball.adapters.sweep_files import read_sweep
+    from flyball.core.fleet import LatencyProfile
+    from flyball.performance.fit import fit
+    from flyball.performance.queueing import queue_model
+
+    points = [point for path in sweeps for point in read_sweep(path, max_batch=max_batch)[:first]]
+    found = fit(points, queue_model(law), robust=False)
+    profile = LatencyProfile(
+        model=model,
+        accelerator=accelerator,
+        alpha_s=found.alpha_s,
+        beta_s=found.beta_s,
+        gamma_s=found.gamma_s,
+        max_batch=max_batch,
+        queue_model=law,
+        condition_number=found.condition_number,
+    )
+    typer.echo(
+        f"{len(points)} points, loss {found.loss:.4g} (mean squared relative error of TTFT and ITL together)\n"
+        f"alpha {found.alpha_s * 1e3:.5g} ms a step, beta {found.beta_s * 1e3:.5g} ms a token computed, "
+        f"gamma {found.gamma_s * 1e3:.5g} ms a cached token read ({law})\n{_identification(found)}"
+    )
+    if out is not None:
+        write_profiles(out, [profile])
+        typer.echo(f"wrote {out}: model {model!r} on {accelerator!r}")
+
+
+def _identification(found: Fit) -> str:
+    kappa = f"condition number {found.condition_number:.4g}"
+    if found.identified:
         return f"{kappa}: the windows determine all three"
     return (
         f"{kappa}: NOT IDENTIFIED, the windows do not tell the parameters apart and only loads like them can be "

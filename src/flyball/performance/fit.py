@@ -98,8 +98,16 @@ def relative_errors(points: Sequence[OperatingPoint], model: QueueModel, paramet
     return errors
 
 
-def fit(points: Sequence[OperatingPoint], model: QueueModel) -> Fit:
-    """The law that fits best, from two starts; at least two points are needed to say anything."""
+def fit(
+    points: Sequence[OperatingPoint], model: QueueModel, *, robust: bool = True, start_s: Sequence[float] = ()
+) -> Fit:
+    """The law that fits best, from two starts; at least two points are needed to say anything.
+
+    `robust` lets large errors count less than their squares; without it `Fit.loss` itself is minimised. `start_s`
+    (alpha, beta, gamma) is one more start; where it is not above 0 nothing could be learnt from it.
+    """
+    if any(not (np.isfinite(value) and value > 0) for value in start_s):
+        raise InvalidInput(f"a fit cannot start from {tuple(start_s)}; give three numbers above 0, or none")
     if len(points) < 2:
         raise InvalidInput(f"a fit needs at least 2 operating points, not {len(points)}; measure more loads")
 
@@ -111,12 +119,12 @@ def fit(points: Sequence[OperatingPoint], model: QueueModel) -> Fit:
             residuals,
             start,
             bounds=(start - _REACH, start + _REACH),
-            loss="soft_l1",
+            loss="soft_l1" if robust else "linear",
             f_scale=_SOFT,
             xtol=1e-12,
             ftol=1e-12,
         )
-        for start in _starts(points)
+        for start in [*_starts(points), *([np.log(start_s)] if start_s else [])]
     ]
     best = min(runs, key=lambda run: float(run.cost)).x
     errors = relative_errors(points, model, np.exp(best))

@@ -1,0 +1,137 @@
+"""Sweeps that others measured, as operating points to fit: llm-inferno's data sets, and GuideLLM's reports.
+
+Four forms: model-trainer's JSON (`data`), GuideLLM's JSON (`benchmarks`), GuideLLM's CSV, and the same rows as a JSON
+list. All count in milliseconds, tokens and requests per second. Of GuideLLM's strategies `throughput` is left out: it
+sends all at once, which is no rate. Like model-trainer, TTFT is the median and the rest are means.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flyball.adapters.fields import Fields
+from flyball.core.errors import InvalidInput
+from flyball.performance.fit import OperatingPoint
+from flyball.performance.queueing import DEFAULT_STEP_TOKENS
+
+_MS = 1e-3
+_THROUGHPUT = "throughput"
+_COLUMNS = {  # of GuideLLM's CSV
+    "rate": "Successful Requests per second mean",
+    "input": "Successful Prompt token count mean",
+    "output": "Successful Output token count mean",
+    "ttft": "Successful Time to first token ms median",
+    "itl": "Successful Inter token latency ms mean",
+}
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a file has one of the four forms."""
+    if path.suffix.lower() == ".csv":
+        return True
+    try:
+        body = _load(path)
+    except InvalidInput:
+        return False
+    return isinstance(body, list) or (isinstance(body, dict) and ("benchmarks" in body or "data" in body))
+
+
+def read_sweep(path: Path, *, max_batch: int) -> list[OperatingPoint]:
+    """The points of a sweep; `max_batch` is the server's limit where the file does not tell."""
+    if path.suffix.lower() == ".csv":
+        points = _rows(_csv(path), str(path), max_batch)
+    else:
+        body = _load(path)
+        if isinstance(body, list):
+            points = _rows(body, str(path), max_batch)
+        elif isinstance(body, dict) and "benchmarks" in body:
+            points = _guidellm(Fields(body, str(path)), max_batch)
+        else:
+            points = _data_set(Fields(body, str(path)), max_batch)
+    found = list(points)
+    if not found:
+        raise InvalidInput(f"{path} has no point at a rate; give a sweep with constant rates")
+    return found
+
+
+def _load(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}; give a file that exists") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not valid JSON ({error}); correct or complete it") from None
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file, with numbers where a cell of a column we use is one."""
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            rows: list[dict[str, Any]] = [dict(row) for row in csv.DictReader(lines)]
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}; give a file that exists") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidInput(f"{path} is not valid CSV ({error}); give GuideLLM's report in UTF-8") from None
+    for row in rows:
+        for column in _COLUMNS.values():
+            try:
+                row[column] = float(row[column])
+            except (KeyError, TypeError, ValueError):
+                raise InvalidInput(f"{path} has a row without a number in column {column!r}; correct it") from None
+    return rows
+
+
+def _rows(rows: list[Any], path: str, max_batch: int) -> Iterator[OperatingPoint]:
+    for index, row in enumerate(rows):
+        f = Fields(row, f"{path}[{index}]")
+        if f.text("Name") != _THROUGHPUT:
+            values = {name: f.number(column, None) for name, column in _COLUMNS.items()}
+            yield _point(values, max_batch)
+
+
+def _guidellm(f: Fields, max_batch: int) -> Iterator[OperatingPoint]:
+    for benchmark in f.each("benchmarks"):
+        if benchmark.inside("args").inside("strategy").text("type_") == _THROUGHPUT:
+            continue
+        metrics = benchmark.inside("metrics")
+
+        def seen(name: str, of: str = "mean", metrics: Fields = metrics) -> float:
+            return metrics.inside(name).inside("successful").number(of, None)
+
+        values = {
+            "rate": seen("requests_per_second"),
+            "input": seen("prompt_token_count"),
+            "output": seen("output_token_count"),
+            "ttft": seen("time_to_first_token_ms", "median"),
+            "itl": seen("inter_token_latency_ms"),
+        }
+        yield _point(values, max_batch)
+
+
+def _data_set(f: Fields, max_batch: int) -> Iterator[OperatingPoint]:
+    for row in f.each("data"):
+        values = {
+            "rate": row.number("requestRate", None),
+            "input": row.number("inputTokens", None),
+            "output": row.number("outputTokens", None),
+            "ttft": row.number("avgTTFTTime") or row.number("avgWaitTime") + row.number("avgPrefillTime"),
+            "itl": row.number("avgITLTime", None),
+        }
+        yield _point(values, row.whole("maxBatchSize") or max_batch, row.whole("maxNumTokens"))
+
+
+def _point(values: dict[str, float], max_batch: int, step_tokens: int = 0) -> OperatingPoint:
+    return OperatingPoint(
+        arrival_rps=values["rate"],
+        input_tokens=values["input"],
+        output_tokens=values["output"],
+        max_batch=max_batch,
+        max_queue=max_batch,  # as model-trainer takes it
+        max_step_tokens=step_tokens or DEFAULT_STEP_TOKENS,
+        ttft_s=values["ttft"] * _MS,
+        itl_s=values["itl"] * _MS,
+    )
