@@ -49,7 +49,7 @@ def explain(
     told = []
     for field in fields(config):
         asked = getattr(config, field.name)
-        value, source, why = derived.get(field.name, (asked, "default", _WHY[field.name]))
+        value, source, why = derived.get(field.name) or (asked, "default", _WHY[field.name])
         told.append(
             Setting(
                 name=field.name,
@@ -74,7 +74,6 @@ _WHY = {
     "block_size": "tokens in a KV block: smaller ones waste less at a request's end, larger ones cost less bookkeeping",
     "max_num_seqs": "capacity: most sequences at once; the live knob moves below it",
     "max_num_batched_tokens": "capacity: most tokens in one step; the live knob moves below it",
-    "kernels": "what computes the steps",
 }
 
 

@@ -56,7 +56,14 @@ def create_app(
         gate.started = False
         await engine.stop()
 
-    app = FastAPI(title="Flyball", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Flyball",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={status: {"model": errors.ErrorBody} for status in ("4XX", "5XX")},
+    )
     app.add_middleware(Edge, clock=clock, max_body_bytes=limits.max_body_bytes, watchers=watchers)
     errors.install(app)
     _include(app, engine, keys, gate, Generator(engine, metrics, clock), metrics)

@@ -9,7 +9,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -24,6 +26,21 @@ from flyball.core.errors import (
     QueueFull,
     VersionConflict,
 )
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str  # one sentence: what was given, what is needed, what to do
+    type: str
+    param: str | None  # the field it is about
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's form of an error."""
+
+    error: ErrorDetail
 
 
 class ApiError(FlyballError):
@@ -119,6 +136,19 @@ def install(app: FastAPI) -> None:
     async def nobody_there(_request: Request, _error: Exception) -> Response:
         return Response(status_code=499)  # nginx's code for a client that left; only our own log sees it
 
+    def document() -> dict[str, Any]:
+        """The OpenAPI document, with our errors in the place of the 422 that FastAPI would answer with."""
+        if app.openapi_schema is None:
+            made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            for operations in made["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                made["components"]["schemas"].pop(name, None)
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to extend the document
     app.add_exception_handler(ClientDisconnect, nobody_there)
     app.add_exception_handler(FlyballError, flyball_error)
     app.add_exception_handler(RequestValidationError, bad_body)
