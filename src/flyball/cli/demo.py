@@ -35,6 +35,7 @@ TTFT_FACTOR, ITL_FACTOR = 6.0, 12.0  # promise, in multiples of what an unloaded
 MIXES = ((96, 48, 1.0), (400, 16, 0.5))
 LOADS = (0.25, 0.6)
 HOLDOUT = 0.4
+LEAST_RPS = 1.5  # a window needs some requests to have a mean
 WRITTEN = (  # nothing else in the folder is touched
     "idle.json", "before.json", "after.json", "holdout.json", "study.db", "tune.html", "tune.json", "profile.json",
     "fleet.yaml", "plan.json", *(f"fit-{mix}-{load:g}.json" for mix in range(len(MIXES)) for load in LOADS),
@@ -163,9 +164,10 @@ class _Demo:
 
     def _window(self, name: str, mix: int, rate_rps: float) -> None:
         inputs, outputs, share = MIXES[mix]
+        rate_rps = max(LEAST_RPS, rate_rps * share)
         self._bench(
-            name, "--rate", f"{rate_rps * share:.3g}", "--duration", str(WINDOW_S), "--input-tokens", str(inputs),
-            "--output-tokens", str(outputs), traffic=("--trace", "azure-conv"),
+            name, "--rate", f"{rate_rps:.3g}", "--requests", str(round(rate_rps * WINDOW_S)), "--input-tokens",
+            str(inputs), "--output-tokens", str(outputs), traffic=("--trace", "azure-conv"),
         )  # fmt: skip
 
     def _bench(self, name: str, *arguments: str, traffic: tuple[str, ...] = TRAFFIC) -> BenchResult:

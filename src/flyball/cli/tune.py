@@ -154,8 +154,8 @@ def run(
             settle=_first_seconds(first, settle),
         )  # fmt: skip
         problem = Problem(
-            lattice=_lattice(target, narrow, constraint or (), named_only=named_only), objective=objective, bounds=bounds,
-            workload=first.source, service=facts.model,
+            lattice=_lattice(target, narrow, constraint or (), named_only=named_only), objective=objective,
+            bounds=bounds, workload=first.source, service=facts.model,
         )  # fmt: skip
         found = tune_session.tune(
             problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
