@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +11,7 @@ import yaml
 
 from flyball.core.errors import InvalidInput
 
+_LARGEST = 1e300  # whole numbers in JSON may be larger than any float
 _Name = TypeVar("_Name", bound=str)
 
 
@@ -51,7 +51,7 @@ class Fields:
         value = self._values.get(key.lower())
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf or value < low:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST or value < low:
             self._refuse(key, f"a number of at least {low:g}")
         return float(value)
 
@@ -135,15 +135,20 @@ def read_fields(path: Path) -> Fields:
 
 def _parse(text: str, path: Path) -> object:
     if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise InvalidInput(f"{path} is not valid JSON ({error}); correct or complete it") from None
+        return parse_json(text, str(path))
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise InvalidInput(f"{path} is not valid YAML ({where}); correct or complete it") from None
+
+
+def parse_json(text: str, name: str) -> object:
+    """What a JSON text says; `name` stands for it in complaints."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{name} is not valid JSON ({error}); correct or complete it") from None
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -57,6 +57,13 @@ def read_fleet(path: Path) -> FleetSpec:
     )
 
 
+def fleet_from_body(body: Fields) -> FleetSpec:
+    """The spec in a SystemData body."""
+    if "system" not in body:
+        raise InvalidInput(f"{body.path} has no 'system'; give llm-inferno's SystemData")
+    return _system(body.inside("system").inside)
+
+
 def _folder(path: Path) -> Callable[[str], Fields]:
     def section(name: str) -> Fields:
         file = path / _FILES[name]

@@ -28,6 +28,7 @@ _BUILT_IN = {
     "mm1k": "flyball.performance.queue_legacy:MM1K",
     "linear": "flyball.performance.queue_legacy:LINEAR",
 }
+MOST_AT_ONCE = 1 << 16  # largest batch: each has a state in the chain
 DEFAULT_STEP_TOKENS = 8192.0  # tokens computed in one step where nothing else is said
 
 _Rows = TypeVar("_Rows")
@@ -91,6 +92,8 @@ class Replicas:
             bad = ~(np.isfinite(array) & (array >= low))
             if bad.any():
                 raise InvalidInput(f"a replica's {name} is {array[bad][0]:g}; give a finite number of at least {low:g}")
+        if (batch > MOST_AT_ONCE).any():
+            raise InvalidInput(f"a replica's max_batch is {batch.max():g}; give at most {MOST_AT_ONCE}")
         return cls(a, b, g, n, m, batch.astype(np.int64), queue.astype(np.int64), step, delta)
 
     def __len__(self) -> int:

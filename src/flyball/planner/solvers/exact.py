@@ -13,7 +13,6 @@ so on; then the least value.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from scipy.sparse import csr_array
 from flyball.numerics.markov import Floats, Ints
 from flyball.planner.problem import Candidate, Choice, Problem
 from flyball.planner.solvers import Solution, no_room
-from flyball.planner.solvers.program import IntegerProgram, Optimum
+from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum
 
 _GAP = 1e-6  # relative, at which an optimum counts as proven
 
@@ -45,7 +44,7 @@ def solve(problem: Problem, *, time_limit_s: float) -> Solution:
     bound = 0.0
     if choices:
         columns = _columns(choices)
-        program = _program(columns, problem.capacity, time.monotonic() + time_limit_s)
+        program = _program(columns, problem.capacity, Budget(time_limit_s))
         optimum = program.minimise(columns.value) or _by_priority(columns, program)
         taken = {choices[columns.server[j]].server.name: columns.candidates[j] for j in np.flatnonzero(optimum.amounts)}
         bound = optimum.bound
@@ -67,7 +66,7 @@ def _columns(choices: Sequence[Choice]) -> _Columns:
     )
 
 
-def _program(columns: _Columns, capacity: Mapping[str, int], until: float) -> IntegerProgram:
+def _program(columns: _Columns, capacity: Mapping[str, int], budget: Budget) -> IntegerProgram:
     """Everybody served, within the capacity: first a row a server, then one a type of card."""
     candidates, servers = columns.candidates, len(columns.priority)
     types = sorted({c.type for c in candidates if c.cards})
@@ -82,7 +81,7 @@ def _program(columns: _Columns, capacity: Mapping[str, int], until: float) -> In
         high=np.concatenate((np.ones(servers), [float(capacity.get(name, 0)) for name in types])),
         least=np.zeros(len(candidates)),
         most=np.ones(len(candidates)),
-        until=until,
+        budget=budget,
         gap=_GAP,
     )
 

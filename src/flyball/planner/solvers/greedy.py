@@ -1,4 +1,4 @@
-"""llm-inferno's greedy solver, for comparison: one server after the other takes its best candidate that still fits.
+"""The greedy solver of llm-inferno, for comparison: one server after the other takes its best candidate that fits.
 
 Next comes the server of the highest priority, among these the one that would lose most by its next-best candidate.
 Where a server finds no room for all its replicas, a saturation policy says what it gets:

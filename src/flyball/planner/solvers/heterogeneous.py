@@ -14,7 +14,6 @@ split in proportion to r, so every replica keeps the targets.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +23,7 @@ from scipy.sparse import csr_array
 from flyball.numerics.markov import Floats, Ints
 from flyball.planner.problem import MOVE_PENALTY, Candidate, Choice, Problem, with_replicas
 from flyball.planner.solvers import Solution, no_room
-from flyball.planner.solvers.program import IntegerProgram, Optimum
+from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum
 
 _GAP = 1e-4  # relative, at which an optimum counts as proven
 _SLACK = 1e-9  # relative, of a demand: a rate that is a ratio of it must meet it after rounding
@@ -53,7 +52,7 @@ class _Columns:
             np.array([_value(choices[s], c) for s, c in zip(server.tolist(), candidates, strict=True)]),
         )
 
-    def program(self, capacity: Mapping[str, int], until: float) -> IntegerProgram:
+    def program(self, capacity: Mapping[str, int], budget: Budget) -> IntegerProgram:
         """Columns n, then y; rows: a demand and a least number a server, cards a type."""
         servers, columns = len(self.choices), len(self.candidates)
         types = sorted({c.type for c in self.candidates})
@@ -79,7 +78,7 @@ class _Columns:
                  for s, c in zip(self.server.tolist(), self.candidates, strict=True)],
                 np.ones(servers),
             )),
-            until=until,
+            budget=budget,
             gap=_GAP,
         )  # fmt: skip
 
@@ -98,13 +97,12 @@ def _value(choice: Choice, candidate: Candidate) -> float:
 
 def solve(problem: Problem, *, time_limit_s: float) -> Solution:
     """The least value within the time limit, all programs together."""
-    until = time.monotonic() + time_limit_s
     able = sorted((c for c in problem.choices if c.candidates), key=lambda c: c.server.name)
     idle = {c.server.name: c.candidates[0] for c in able if not c.candidates[0].allocation.replicas}
     columns = _Columns.of([c for c in able if c.server.name not in idle])
     taken, bound = dict(idle), 0.0
     if columns.choices:
-        program = columns.program(problem.capacity, until)
+        program = columns.program(problem.capacity, Budget(time_limit_s))
         cost = np.concatenate((columns.value, np.zeros(len(columns.choices))))
         optimum = program.minimise(cost) or _by_priority(columns, program, cost)
         taken |= _taken(columns, optimum)

@@ -1,8 +1,7 @@
-"""An integer program, solved by HiGHS within a deadline."""
+"""An integer program, solved by HiGHS within a budget of time."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,6 +21,13 @@ class Optimum(NamedTuple):
     bound: float  # no cost is smaller
 
 
+@dataclass(slots=True)
+class Budget:
+    """Seconds that are left to several programs together, as HiGHS counts them."""
+
+    left_s: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerProgram:
     """Whole amounts x with low <= rows @ x <= high and least <= x <= most."""
@@ -31,7 +37,7 @@ class IntegerProgram:
     high: Floats
     least: Floats
     most: Floats
-    until: float  # deadline, on the monotonic clock
+    budget: Budget
     gap: float  # relative, at which an optimum counts as proven
 
     def with_row(self, row: Floats, at_least: float) -> IntegerProgram:
@@ -40,7 +46,7 @@ class IntegerProgram:
         return replace(self, rows=rows, low=np.append(self.low, at_least), high=np.append(self.high, np.inf))
 
     def minimise(self, cost: Floats) -> Optimum | None:
-        """The best amounts found before the deadline; None if there are none at all."""
+        """The best amounts found within the budget; None if there are none at all."""
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = len(cost), len(self.low)
         lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, self.least, self.most
@@ -50,11 +56,11 @@ class IntegerProgram:
         lp.a_matrix_.value_ = self.rows.data
         lp.integrality_ = [highspy.HighsVarType.kInteger] * len(cost)
         highs = highspy.Highs()
-        remaining = max(self.until - time.monotonic(), 0.0)
-        for option, setting in (("output_flag", False), ("mip_rel_gap", self.gap), ("time_limit", remaining)):
+        for option, setting in (("output_flag", False), ("mip_rel_gap", self.gap), ("time_limit", self.budget.left_s)):
             highs.setOptionValue(option, setting)
         highs.passModel(lp)
         highs.run()
+        self.budget.left_s = max(self.budget.left_s - highs.getRunTime(), 0.0)
         if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
             return None
         info = highs.getInfo()

@@ -1,0 +1,1 @@
+"""Drop-ins for those who come from elsewhere: their routes and bodies, our mathematics."""
