@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from flyball.core.errors import EngineFailed, InvalidInput
@@ -34,7 +34,15 @@ _Stream = tuple[asyncio.AbstractEventLoop, "asyncio.Queue[RequestOutput]"]
 class AsyncEngine:
     """Streams tokens of many requests; every method but `stop` may be called from any event loop."""
 
-    def __init__(self, config: EngineConfig, model_name: str | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_name: str | None = None,
+        seed: int | None = None,
+        given: Mapping[str, str] | None = None,
+    ) -> None:
+        """`given` names what set a field of the configuration, for `explain`."""
+        self._given = given or {}
         self._core = EngineCore(config, seed=seed)
         self.config = self._core.config
         self.model_name = model_name or config.model.resolve().name
@@ -98,9 +106,9 @@ class AsyncEngine:
             "max_model_len": self.max_model_len,
         }
 
-    async def explain(self, given: Mapping[str, str] | None = None) -> list[Setting]:
-        """Every setting, where its value came from and why; `given` names what set a field of the configuration."""
-        return await self._call(lambda: self._core.explain(given or {}))
+    async def explain(self) -> list[Setting]:
+        """Every setting, where its value came from and why."""
+        return await self._call(lambda: self._core.explain(self._given))
 
     def requests(self) -> list[dict[str, Any]]:
         """The answers in the making, oldest first, as of the last step."""
@@ -136,6 +144,20 @@ class AsyncEngine:
         QueueFull before the first output, EngineFailed whenever the engine is gone. An answer whose deadline passes
         ends with FinishReason.TIMEOUT.
         """
+        async with aclosing(self.steps(prompt_ids, params, request_id=request_id, salt=salt)) as steps:
+            async for outputs in steps:
+                for output in outputs:
+                    yield output
+
+    async def steps(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        salt: bytes = b"",
+    ) -> AsyncGenerator[list[RequestOutput], None]:
+        """As `generate`, with all outputs that are there at once: those of a step, and of more where one lags."""
         if params.grammar is not None:
             await self.compile_grammar(params.grammar)
         rid = request_id or f"req-{next(self._ids)}"
@@ -154,12 +176,17 @@ class AsyncEngine:
         left = params.n
         try:
             while left:
-                output = await stream.get()
-                if output.finish_reason is FinishReason.ERROR:
-                    raise EngineFailed(output.error or "the engine failed")
-                if output.finish_reason is not None:
-                    left = 0 if output.finish_reason is FinishReason.ABORT else left - 1
-                yield output
+                outputs = [await stream.get()]
+                while not stream.empty():
+                    outputs.append(stream.get_nowait())
+                for i, output in enumerate(outputs):
+                    if output.finish_reason is FinishReason.ERROR:
+                        if i:
+                            yield outputs[:i]
+                        raise EngineFailed(output.error or "the engine failed")
+                    if output.finish_reason is not None:
+                        left = 0 if output.finish_reason is FinishReason.ABORT else left - 1
+                yield outputs
         finally:
             if left:
                 self.abort(rid)

@@ -15,7 +15,7 @@ from flyball.engine.text import Tokenizer
 
 
 class EngineClient(Protocol):
-    """An engine as its front door sees it: token ids in, token ids out, one item a step."""
+    """An engine as its front door sees it: token ids in, token ids out, step by step."""
 
     @property
     def model_name(self) -> str:
@@ -76,10 +76,12 @@ class EngineClient(Protocol):
         """End within `drain_s` seconds; what still runs then is aborted."""
         ...
 
-    def generate(
+    def steps(
         self, prompt_ids: list[int], params: SamplingParams, *, request_id: str | None = None, salt: bytes = b""
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request's `params.n` answers; closing it frees their blocks at the next step boundary.
+    ) -> AsyncGenerator[list[RequestOutput], None]:
+        """The outputs of one request's `params.n` answers, all that are there at once.
+
+        Closing it frees the answers' blocks at the next step boundary.
 
         The first item raises ContextLengthExceeded, InvalidInput (also for a grammar that cannot be used), QueueFull or
         EngineFailed when the request is not taken. An answer whose deadline passes ends with FinishReason.TIMEOUT.

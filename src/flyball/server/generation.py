@@ -70,8 +70,8 @@ class Generator:
         """Tokens that fit behind a prompt; 1 where none does, so that the engine refuses it in its own words."""
         return max(1, self.engine.max_model_len - len(prompt_ids))
 
-    async def answer(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """The answers in pieces, one an engine output; closing it aborts what still runs.
+    async def answer(self, job: Job) -> AsyncGenerator[list[Piece], None]:
+        """The answers in pieces, one an engine output, all that are there at once; closing it aborts what still runs.
 
         Raises what the engine raises at first: InvalidInput, ContextLengthExceeded, QueueFull; an ApiError when the
         deadline passes; and EngineFailed at any time.
@@ -102,25 +102,29 @@ class Generator:
                 if not choice.ended and ended != "refused":
                     choice.end(ended)
 
-    async def _pieces(self, job: Job, choices: Sequence[_Choice]) -> AsyncGenerator[Piece, None]:
-        open_choices, seen = len(choices), False
-        outputs = self.engine.generate(job.prompt_ids, job.params, request_id=job.request_id, salt=job.salt)
-        async with aclosing(outputs):
-            async for output in outputs:
-                choice = choices[output.index]
+    async def _pieces(self, job: Job, choices: Sequence[_Choice]) -> AsyncGenerator[list[Piece], None]:
+        ended, seen = 0, False
+        steps = self.engine.steps(job.prompt_ids, job.params, request_id=job.request_id, salt=job.salt)
+        async with aclosing(steps):
+            async for outputs in steps:
                 if not seen:
                     seen = True
-                    job.account.prompt_tokens += output.num_prompt_tokens
-                    job.account.cached_tokens += output.num_cached_tokens
-                if choice.ended:
-                    continue  # the engine has not yet heard of it
-                piece = choice.take(output)
-                if piece.finish_reason is not None:
-                    open_choices -= 1
-                    if open_choices and output.finish_reason is None:  # a stop string ended it, the others go on
-                        self.engine.abort_answer(job.request_id, output.index)
-                yield piece
-                if not open_choices:
+                    job.account.prompt_tokens += outputs[0].num_prompt_tokens
+                    job.account.cached_tokens += outputs[0].num_cached_tokens
+                pieces = []
+                for output in outputs:
+                    choice = choices[output.index]
+                    if choice.ended:
+                        continue  # the engine has not yet heard of it
+                    piece = choice.take(output)
+                    pieces.append(piece)
+                    if piece.finish_reason is not None:
+                        ended += 1
+                        if ended < len(choices) and output.finish_reason is None:  # a stop string: the others go on
+                            self.engine.abort_answer(job.request_id, output.index)
+                if pieces:
+                    yield pieces
+                if ended == len(choices):
                     return
         raise EngineFailed("the engine ended an answer without a reason; send the request again")
 

@@ -18,7 +18,7 @@ from flyball.server.edge import account_of
 from flyball.server.errors import error_body, invalid
 from flyball.server.generation import Generator, Job, Piece
 from flyball.server.protocol import BatchBody, GenerateBody
-from flyball.server.sse import EventStream, JsonResponse, event, merged, until_disconnect
+from flyball.server.sse import EventStream, JsonResponse, event, until_disconnect
 
 Json = dict[str, Any]
 
@@ -49,7 +49,7 @@ def routes(generator: Generator, keys: Keys, hold: Dependency) -> APIRouter:
     async def whole(body: GenerateBody, request: Request) -> Json:
         job = await job_of(body, request)
         async with aclosing(generator.answer(job)) as answer:
-            pieces = [piece async for piece in answer]
+            pieces = [piece async for batch in answer for piece in batch]
         return _result(generator, body, job, pieces)
 
     async def isolated(body: GenerateBody, request: Request) -> Json:
@@ -94,8 +94,8 @@ def routes(generator: Generator, keys: Keys, hold: Dependency) -> APIRouter:
 async def _events(generator: Generator, body: GenerateBody, job: Job) -> AsyncGenerator[bytes, None]:
     """Text as it comes; then, in a last event, what the whole answer would have told, without its text."""
     own: list[Piece] = []
-    async with aclosing(merged([generator.answer(job)])) as batches:
-        async for pieces in batches:
+    async with aclosing(generator.answer(job)) as answer:
+        async for pieces in answer:
             own += pieces
             told: Json = {"text": "".join(piece.text for piece in pieces)}
             if body.return_token_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,12 @@ class Parrot:
     def abort_answer(self, request_id: str, index: int) -> None:
         """Say no more of it."""
         self.silenced.add((request_id, index))
+
+    async def steps(self, *args: Any, **kwargs: Any) -> AsyncGenerator[list[RequestOutput], None]:
+        """One output at a time."""
+        async with aclosing(self.generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                yield [output]
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, *, request_id: str | None = None, salt: bytes = b""
