@@ -54,9 +54,10 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import bench, demo, fit, plan, serve, train_tiny, tune
+    from flyball.cli import bench, config, demo, fit, plan, serve, train_tiny, tune
 
     app.command("bench")(bench.run)
+    app.add_typer(config.app, name="config")
     app.command("demo")(demo.run)
     app.command("fit")(fit.run)
     app.command("plan")(plan.run)

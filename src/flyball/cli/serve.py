@@ -6,11 +6,23 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
+
+from flyball.cli.engine_options import (
+    BlockSize,
+    Dtype,
+    KvCacheMib,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Model,
+    Threads,
+    engine_config,
+    given,
+)
 
 if TYPE_CHECKING:
     from flyball.server.account import Watcher
@@ -19,27 +31,20 @@ BUNDLED_NAME = "flyball-tiny"  # its folder is called by its part, "target"
 
 
 def run(
-    model: Annotated[
-        Path | None, typer.Argument(help="Folder of a Hugging Face checkpoint; default: the bundled model.")
-    ] = None,
+    context: typer.Context,
+    model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one and prints it.", min=0)] = 8000,
     name: Annotated[
         str | None, typer.Option(help="Name clients ask for; default: the folder's, flyball-tiny if bundled.")
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="Type of weights and KV; auto: the checkpoint's.")
-    ] = "auto",
-    max_num_seqs: Annotated[int, typer.Option(help="Most sequences at once; the live knob moves below it.")] = 64,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Most tokens in one step; the live knob moves below it.")
-    ] = 2048,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Most tokens of one request; default: the model's positions.", min=1)
-    ] = None,
-    kv_cache_mib: Annotated[int, typer.Option(help="Upper bound of the KV cache in MiB.", min=1)] = 512,
-    block_size: Annotated[int, typer.Option(help="Tokens in one KV block.")] = 16,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
+    dtype: Dtype = "auto",
+    max_num_seqs: MaxNumSeqs = 64,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_model_len: MaxModelLen = None,
+    kv_cache_mib: KvCacheMib = 512,
+    block_size: BlockSize = 16,
+    threads: Threads = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,18 +80,17 @@ def run(
         require("tracing", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
     signal.signal(signal.SIGTERM, _exit)
 
-    from flyball.engine.config import EngineConfig
     from flyball.server.process import is_loopback, listen, serve, url_of
 
     if not is_loopback(host) and not api_key:
         raise InvalidInput(
             f"listening on {host} lets others in; give --api-key (or set FLYBALL_API_KEY), or stay on 127.0.0.1"
         )
-    config = EngineConfig(
-        model=_model_folder(model),
+    config = engine_config(
+        model,
         dtype=dtype,
         block_size=block_size,
-        kv_cache_bytes=kv_cache_mib * 2**20,
+        kv_cache_mib=kv_cache_mib,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
@@ -98,7 +102,8 @@ def run(
         from flyball.server.auth import Keys
         from flyball.server.gate import Gate
 
-        engine = AsyncEngine(config, model_name=name or (BUNDLED_NAME if model is None else None))
+        shown = name or (BUNDLED_NAME if model is None else None)
+        engine = AsyncEngine(config, model_name=shown, given=given(context))
 
         def ready() -> None:
             blocks = engine.config.num_blocks
@@ -136,27 +141,6 @@ def _watchers(log: Literal["off", "json", "text"], otlp_endpoint: str | None, mo
             ends.callback(provider.shutdown)
             watchers.append(spans(provider, SystemClock()))
         yield watchers
-
-
-def _model_folder(model: Path | None) -> Path:
-    """The checkpoint to serve, looked at before torch is loaded."""
-    from flyball.core.errors import InvalidInput
-
-    if model is None:
-        from flyball.engine.bundled import bundled_model_path
-
-        return bundled_model_path()
-    if not model.is_dir():
-        raise InvalidInput(
-            f"there is no folder {model}; give the folder of a Hugging Face checkpoint, or none for the bundled model"
-        )
-    for part, files in (
-        ("config.json", ("config.json",)),
-        ("tokenizer", ("tokenizer.json", "tokenizer.model", "vocab.json")),
-    ):
-        if not any((model / file).is_file() for file in files):
-            raise InvalidInput(f"{model} holds no {part}; give the folder of a complete Hugging Face checkpoint")
-    return model
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

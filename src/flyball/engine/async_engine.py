@@ -195,17 +195,14 @@ class AsyncEngine:
         """Drop a request; unknown and finished ids are ignored."""
 
         def drop() -> None:
-            self._core.abort(request_id)
-            stream = self._streams.pop(request_id, None)
-            if stream is not None:
-                ended = RequestOutput(request_id=request_id, new_token_ids=(), finish_reason=FinishReason.ABORT)
-                _deliver([(stream, ended)])
+            for request in list(self._core.requests.get(request_id, ())):
+                self._drop(request_id, request.index)
 
         self._inbox.put(drop)
 
     def abort_answer(self, request_id: str, index: int) -> None:
-        """Drop one of the answers to a request, which its caller has enough of; the others go on, nothing is sent."""
-        self._inbox.put(lambda: self._core.abort_answer(request_id, index))
+        """Drop one of the answers to a request, which its caller has enough of; the others go on."""
+        self._inbox.put(lambda: self._drop(request_id, index))
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Make a grammar ready off the engine's thread; raises InvalidInput for one that cannot be used."""
@@ -296,6 +293,14 @@ class AsyncEngine:
             while True:
                 command()
                 command = self._inbox.get(block=False)
+
+    def _drop(self, request_id: str, index: int) -> None:
+        """End one answer, on the engine's thread, and tell its stream."""
+        if not any(r.index == index for r in self._core.requests.get(request_id, ())):
+            return
+        self._core.abort_answer(request_id, index)
+        ended = RequestOutput(request_id=request_id, index=index, new_token_ids=(), finish_reason=FinishReason.ABORT)
+        self._publish([ended])
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
         news, ended = [], set()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from flyball.core.knobs import Value
-from flyball.engine.config import EngineConfig, RuntimeConfig, knob_space, pool_blocks
+from flyball.engine.config import EngineConfig, RuntimeConfig, first_runtime, knob_space, pool_blocks
 from flyball.engine.history import ConfigChange
 
 _MIB = 2**20
@@ -63,7 +63,8 @@ def explain(
     values = runtime.values()
     for knob in knob_space(config):
         change = changed.get(knob.name)
-        source = f"version {change.version} by {change.by or 'unknown'}" if change is not None else "default"
+        default = "capacity" if hasattr(config, knob.name) else "default"
+        source = default if change is None else f"version {change.version} by {change.by or 'unknown'}"
         told.append(Setting(name=knob.name, value=values[knob.name], source=source, why=knob.doc, live=True))
     return told
 
@@ -105,3 +106,23 @@ def _derived(config: EngineConfig, facts: ModelFacts) -> dict[str, tuple[Value |
         "threads": (config.threads or facts.threads, "default" if config.threads else "machine", "CPU threads"),
         "kernels": (config.kernels, "default", facts.kernels),
     }  # fmt: skip
+
+
+def explain_unloaded(config: EngineConfig, given: Mapping[str, str]) -> list[Setting]:
+    """Explain what an engine would start with; reads the checkpoint's configuration and none of its weights.
+
+    Raises InvalidInput where the checkpoint cannot be read, or the sizes do not go together.
+    """
+    import torch
+
+    from flyball.engine.model_runner import read_shape
+
+    shape = read_shape(config.model, config.dtype)
+    facts = ModelFacts(
+        max_positions=shape.max_positions,
+        block_bytes=shape.block_bytes(config.block_size),
+        dtype=str(shape.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+    resolved = replace(config, num_blocks=pool_blocks(config, facts.block_bytes, facts.max_positions))
+    return explain(config, facts, given, first_runtime(resolved))

@@ -183,6 +183,17 @@ def load_model(path: Path, dtype: str, device: str) -> tuple[Any, ModelShape]:
     return model, shape_of(raw, model.dtype, eos)
 
 
+def read_shape(path: Path, dtype: str) -> ModelShape:
+    """The sizes of a checkpoint, without its weights; raises InvalidInput where it cannot be read."""
+    try:
+        raw = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInput(f"cannot read the model in {path}: {reason}; give a decoder-only checkpoint") from error
+    own = getattr(raw, "dtype", None) or torch.float32
+    return shape_of(raw, own if dtype == "auto" else getattr(torch, dtype), raw.eos_token_id)
+
+
 def shape_of(raw: Any, dtype: torch.dtype, eos: int | list[int] | None) -> ModelShape:  # noqa: ANN401  # untyped here
     """The sizes that a checkpoint's configuration tells."""
     config = raw.get_text_config(decoder=True)

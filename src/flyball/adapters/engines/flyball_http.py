@@ -81,9 +81,20 @@ class FlyballTarget:
         """Set some knobs, all or none; the generation returned acts from the server's next step."""
         return str(self._call("PATCH", dict(values))["generation"])
 
-    def _call(self, method: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
+    def explain(self) -> list[dict[str, Any]]:
+        """Every setting of the server: name, value, source, why, live."""
+        settings: list[dict[str, Any]] = self._call("GET", path="/v1/config/explain", keys=("settings",))["settings"]
+        return settings
+
+    def _call(
+        self,
+        method: str,
+        body: Mapping[str, object] | None = None,
+        path: str = "/v1/config",
+        keys: tuple[str, ...] = ("version", "generation", "values", "knobs"),
+    ) -> dict[str, Any]:
         try:
-            reply = self._client.request(method, "/v1/config", json=body)
+            reply = self._client.request(method, path, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise EngineFailed(
                 f"no server answers at {self.url} ({error or type(error).__name__}); start one with `flyball serve`, "
@@ -93,19 +104,18 @@ class FlyballTarget:
             raise InvalidKnob(_message(reply))
         if reply.status_code == 404:
             raise EngineFailed(
-                f"{self.url} has no /v1/config, so its knobs cannot be set; give the address of a Flyball server"
+                f"{self.url} has no {path}, so its knobs cannot be set; give the address of a Flyball server"
             )
         if reply.status_code in (401, 403):
             raise EngineFailed(f"{self.url} refuses the key ({_message(reply)}); give the admin key with --api-key")
         if reply.status_code != 200:
-            raise EngineFailed(f"{method} {self.url}/v1/config answered {reply.status_code}: {_message(reply)}")
+            raise EngineFailed(f"{method} {self.url}{path} answered {reply.status_code}: {_message(reply)}")
         try:
             view = reply.json()
-            return {key: view[key] for key in ("version", "generation", "values", "knobs")}
+            return {key: view[key] for key in keys}
         except (ValueError, KeyError, TypeError):
             raise EngineFailed(
-                f"{self.url}/v1/config answered something else than a configuration; give the address of a Flyball "
-                "server"
+                f"{self.url}{path} answered something else than a configuration; give the address of a Flyball server"
             ) from None
 
 
