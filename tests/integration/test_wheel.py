@@ -21,6 +21,7 @@ FLEET = str(ROOT / "tests" / "data" / "inferno" / "small")
 # A way to call each command that would go ahead if its part were there, and the extra it then asks for.
 LACKING = {
     "bench": ([], "tune"),
+    "config": (["explain"], "engine"),
     "demo": ([], "engine"),
     "fit": (["window.json"], "plan"),
     "plan": ([FLEET, "--limited"], "plan"),
