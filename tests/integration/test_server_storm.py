@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import pytest
 
 from flyball.engine.async_engine import AsyncEngine
@@ -33,7 +34,7 @@ PROMPTS = (
 LONGEST = 60
 LIMITS = {  # where a knob's whole range would make the test slow, not hard
     "max_wait_ms": (0.0, 10.0), "request_timeout_s": (0.0, 0.0), "prefill_interval": (0, 4), "stream_interval": (1, 5),
-    "max_queue_len": (8, 64), "max_queue_tokens": (0, 500), "kv_cache_limit_blocks": (0, 64),
+    "max_queue_len": (30, 90), "max_queue_tokens": (200, 900), "kv_cache_limit_blocks": (20, 96),
 }  # fmt: skip
 
 
@@ -88,7 +89,8 @@ class Storm:
             text = await response.text()
         if response.status != 200:
             code = str(json.loads(text)["error"]["code"])
-            assert (response.status, code) in {(400, "context_length_exceeded"), (408, "timeout"), (429, "queue_full")}
+            known = {(400, "context_length_exceeded"), (408, "timeout"), (429, "queue_full")}
+            assert (response.status, code) in known, text
             return code
         ids: dict[int, list[int]] = {}
         if body["stream"]:
@@ -157,9 +159,16 @@ def test_a_storm_loses_nothing(serve: Serve, tiny_checkpoint: Path) -> None:
 
     storm = asyncio.run(go())
     stats = engine.stats()
+    counted = httpx.get(f"{url}/v1/stats").json()
+    assert counted["requests_by_finish_reason"]["timeout"] == stats.finished["timeout"]
+    assert counted["requests_total"] >= sum(stats.finished.values())  # some left before the engine had their request
+    for code, reason in (("context_length_exceeded", "too_long"), ("queue_full", "queue_full")):
+        assert counted["requests_rejected"][reason] >= storm.ends[code]  # some left before they were told
     assert engine.error is None
     assert storm.ends.total() >= REQUESTS
-    assert min(storm.ends[how] for how in ("answered", "left", "timeout", "context_length_exceeded")) > 20, storm.ends
+    assert (
+        min(storm.ends[how] for how in ("answered", "left", "timeout", "context_length_exceeded", "queue_full")) > 20
+    ), storm.ends
     assert storm.patches[200] > 20
     assert stats.preemptions > 0, "the pool was large enough for all: no storm"
     assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)

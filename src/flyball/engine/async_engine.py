@@ -184,8 +184,7 @@ class AsyncEngine:
                         if i:
                             yield outputs[:i]
                         raise EngineFailed(output.error or "the engine failed")
-                    if output.finish_reason is not None:
-                        left = 0 if output.finish_reason is FinishReason.ABORT else left - 1
+                    left -= output.finish_reason is not None
                 yield outputs
         finally:
             if left:

@@ -186,6 +186,17 @@ class _EngineCollector(Collector):
             ),
             blocks,
         )
+        yield GaugeMetricFamily(
+            "engine_kv_blocks_limit", "KV blocks that may hold content now, by the live knob.", value=stats.blocks_limit
+        )
+        yield CounterMetricFamily(
+            "engine_kv_blocks_evicted", "Cached KV blocks whose prefix was given up for room.", value=stats.evictions
+        )
+        yield CounterMetricFamily(
+            "engine_out_of_memory_steps",
+            "Steps given up for want of memory; the next are smaller.",
+            value=stats.out_of_memory,
+        )
         sources = {"computed": stats.prompt_tokens_computed, "cached": stats.prompt_tokens_cached}
         yield _labelled(
             CounterMetricFamily(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import httpx
@@ -15,11 +17,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from flyball.core.clock import SystemClock
 from flyball.server.access_log import access_log
-from flyball.server.account import Account
+from flyball.server.account import Account, AnswerRecord
 from flyball.server.app import Limits, create_app
 from flyball.server.auth import Keys
 from flyball.server.gate import Gate
-from flyball.server.tracing import provider, spans
+from flyball.server.tracing import otlp_provider, provider, spans
 
 WORDS = "the cat sat on the mat and said: stop here. "
 
@@ -159,6 +161,42 @@ def test_spans_follow_a_request_through_queue_prefill_and_decode(parrot: Any, co
         assert root.attributes["gen_ai.response.finish_reasons"] == ("length",)
 
     asyncio.run(go())
+
+
+def test_spans_are_sent_over_otlp() -> None:
+    """To the address given, as protobuf, at the latest when the server ends."""
+    got: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        traces = otlp_provider(f"http://127.0.0.1:{server.server_port}/v1/traces", "parrot")
+        account = Account(
+            request_id="me",
+            method="POST",
+            path="/v1/completions",
+            client="",
+            traceparent=None,
+            arrival_s=0.0,
+            status=200,
+        )
+        account.answers.append(AnswerRecord(completion_tokens=3, finish_reason="length", ttft_s=0.1, report=None))
+        spans(traces, SystemClock())(account)
+        traces.shutdown()
+        server.shutdown()
+        thread.join()
+    ((path, body),) = got
+    assert path == "/v1/traces"
+    assert b"POST /v1/completions" in body
 
 
 def test_a_draining_server_ends_what_it_has_and_takes_nothing_new(parrot: Any, connect: Any) -> None:
