@@ -27,7 +27,7 @@ from flyball.engine.config import EngineConfig, Policy, Victim
 from flyball.engine.core import EngineCore
 from flyball.engine.request import FinishReason, Request, SamplingParams
 
-LONGEST_PROMPT, LONGEST_ANSWER, BLOCK = 40, 12, 4
+LONGEST_PROMPT, LONGEST_ANSWER, BLOCK = 40, 20, 4
 BLOCKS = 30  # two of the longest requests and a half
 GREEDY = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.0)
 KINDS = (
@@ -88,7 +88,7 @@ def random_change(rng: random.Random) -> dict[str, object]:
         "prefill_interval": (0, 2, 4),
         "prefix_caching": (True, True, False),
         "eviction": get_args(Eviction),
-        "kv_cache_limit_blocks": (0, 13, 20),
+        "kv_cache_limit_blocks": (0, 15, 20),
         "watermark": (0.0, 0.01, 0.3),
         "policy": get_args(Policy),
         "preemption_victim": get_args(Victim),
@@ -117,7 +117,7 @@ class Storm:
         rng = random.Random(f"{index} {self.rng.random()}")
         p, k = rng.randrange(len(self.prompts)), rng.randrange(len(KINDS))
         limit = rng.randint(1, LONGEST_ANSWER)
-        deadline = rng.choice([None] * 6 + [0.001, 0.05])
+        deadline = rng.choice([None] * 8 + [0.001, 0.3])
         leave_after = rng.choice([None] * 5 + [0, 1, 3])  # outputs
         params = replace(KINDS[k], max_tokens=limit, timeout_s=deadline)
         made: dict[int, list[int]] = {i: [] for i in range(params.n)}

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -25,6 +28,9 @@ from flyball.engine.history import ConfigChange
 from flyball.engine.request import FinishReason, Grammar, RequestOutput, SamplingParams
 from flyball.engine.stats import EngineStats
 
+log = logging.getLogger("flyball.engine")
+
+STALL_S = 10.0  # without progress for so long although there is work, something is wrong
 GRAMMAR_TIMEOUT_S = 10.0  # a grammar that takes longer to compile is refused
 
 _T = TypeVar("_T")
@@ -58,6 +64,7 @@ class AsyncEngine:
         self._grammar_threads = ThreadPoolExecutor(2, thread_name_prefix="flyball-grammar")
         self._turned_s = self._core.clock.now_s()  # when the engine thread last began a turn of its loop
         self._stopping = False
+        self._stall_told = False
         self._thread = threading.Thread(target=self._run, name="flyball-engine", daemon=True)
 
     @property
@@ -90,10 +97,24 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
 
     def stalled_s(self) -> float:
-        """Seconds since anything advanced although there is work: 0 while idle. Readiness looks at it."""
+        """Seconds since anything advanced although there is work: 0 while idle. Readiness looks at it.
+
+        The first look at a stall of `STALL_S` or more logs what the engine is at.
+        """
         now_s = self._core.clock.now_s()
         work_s = now_s - self._core.stats.progress_s if self._core.busy else 0.0
-        return max(0.0, work_s, 0.0 if self._inbox.empty() else now_s - self._turned_s)
+        stalled_s = max(0.0, work_s, 0.0 if self._inbox.empty() else now_s - self._turned_s)
+        if stalled_s < STALL_S:
+            self._stall_told = False
+        elif not self._stall_told:
+            self._stall_told = True
+            log.error("event=stalled seconds=%.1f stats=%r stack=%r", stalled_s, self._core.stats, self._stack())
+        return stalled_s
+
+    def _stack(self) -> str:
+        """Where the engine's thread is."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame is not None else "the thread has ended"
 
     def info(self) -> dict[str, Any]:
         """What was loaded, as it is: architecture, parameters, types, sizes."""

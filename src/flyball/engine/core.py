@@ -165,6 +165,7 @@ class EngineCore:
         after = self.runtime.changed({**earlier, **changes}, self.space, if_version)
         if not dry_run:
             self.runtime = after
+            log.info("event=config_changed version=%d by=%r changes=%r", after.version, by, dict(changes))
             self._history.record(after, by, self.clock.now_s(), self.clock.wall_s(), self.stats)
             if preempt:
                 self.scheduler.shed(after)

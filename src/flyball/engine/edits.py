@@ -68,8 +68,8 @@ def check_edits(params: SamplingParams, vocab_size: int, eos_token_ids: Set[int]
                 f"{name} holds a token id outside 0..{vocab_size - 1}; give ids of this model's vocabulary"
             )
     if params.min_tokens:
-        left = set(params.allowed_token_ids or range(vocab_size)) - ending_ids(params, eos_token_ids)
-        if not left:
+        ends, allowed = ending_ids(params, eos_token_ids), set(params.allowed_token_ids)
+        if not (allowed - ends if allowed else vocab_size > len(ends)):
             raise InvalidInput("until min_tokens no token is allowed that does not end the answer; allow one more")
 
 

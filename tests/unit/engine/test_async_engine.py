@@ -211,8 +211,11 @@ def test_a_grammar_is_compiled_off_the_engines_thread(running: Any, monkeypatch:
     run(main)
 
 
-def test_a_stall_shows_and_ends(running: Any) -> None:
-    """Seconds without progress while there is work; 0 while idle and after."""
+def test_a_stall_shows_says_where_and_ends(
+    running: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seconds without progress while there is work; 0 while idle and after. One event tells the state and the stack."""
+    monkeypatch.setattr(async_engine, "STALL_S", 0.02)
 
     async def main() -> None:
         go = threading.Event()
@@ -227,6 +230,8 @@ def test_a_stall_shows_and_ends(running: Any) -> None:
             engine._core.runner.forward = stuck  # type: ignore[method-assign]
             request = asyncio.create_task(collect(engine, GREEDY))
             await until(lambda: engine.stalled_s() > 0.05)
+            assert [m.split()[0] for m in caplog.messages] == ["event=stalled"]
+            assert "in stuck" in caplog.text
             go.set()
             await request
             await until(lambda: engine.stalled_s() == 0)
