@@ -8,11 +8,17 @@ FlyballError
 │   ├── ContextLengthExceeded it can never fit
 │   └── QueueFull             not now: retry later
 ├── MissingExtra              a part is not installed; says which extra to install
-├── EngineFailed              the engine thread died, or a server did not answer
+├── EngineFailed              an engine did not start, died, or did not answer; `kind` says which
+├── ObservationFailed         a fleet's metrics cannot be read now
+├── ActuationFailed           a cluster refused what was asked of it
 └── Infeasible                no answer meets what was asked
 
 A message says what was given, what is needed and what to do.
 """
+
+from typing import Literal
+
+FailureKind = Literal["start", "out of memory", "crash", "timeout", "refused", "unreachable"]
 
 
 class FlyballError(Exception):
@@ -52,7 +58,20 @@ class MissingExtra(FlyballError):
 
 
 class EngineFailed(FlyballError):
-    """The engine thread died, or a server did not answer."""
+    """An engine did not start, died, or did not answer."""
+
+    def __init__(self, message: str, *, kind: FailureKind | None = None, evidence: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind  # start: ended before it was ready; timeout: never ready; None: nobody looked
+        self.evidence = evidence  # the line of the engine's log that gave it away
+
+
+class ObservationFailed(FlyballError):
+    """A fleet's metrics cannot be read now; whoever decides keeps the last decision."""
+
+
+class ActuationFailed(FlyballError):
+    """A cluster refused what was asked of it."""
 
 
 class Infeasible(FlyballError):
