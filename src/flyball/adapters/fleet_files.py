@@ -39,6 +39,7 @@ _FILES = {  # of a folder: section of SystemData -> file
     "optimizerData": "optimizer-data.json",
     "capacityData": "capacity-data.json",
 }
+_HARDWARE = ("memory_gb", "memory_gb_s", "compute_tflops")
 _OPTIONAL = {"optimizerData", "capacityData"}
 DEFAULT_MAX_QUEUE = 128  # of our YAML: an engine queues what it cannot serve at once
 
@@ -88,6 +89,8 @@ def _system(section: Callable[[str], Fields]) -> FleetSpec:
                 type=f.text("type") or f.text("name"),
                 units=f.whole("multiplicity") or 1,
                 cost_per_h=f.number("cost"),
+                memory_gb=f.number("memSize"),
+                memory_gb_s=f.number("memBW"),
             )
             for f in section("acceleratorData").each("accelerators")
         ),
@@ -167,10 +170,11 @@ def _ours(fields: Fields) -> FleetSpec:
     return FleetSpec(
         accelerators=tuple(
             Accelerator(
-                name=f.only("name", "type", "units", "cost_per_h").text("name", None),
+                name=f.only("name", "type", "units", "cost_per_h", *_HARDWARE).text("name", None),
                 type=f.text("type") or f.text("name"),
                 units=f.whole("units", 1, low=1),
                 cost_per_h=f.number("cost_per_h", None),
+                **{name: f.number(name) for name in _HARDWARE},
             )
             for f in fields.each("accelerators")
         ),

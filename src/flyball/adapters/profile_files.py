@@ -45,5 +45,13 @@ def _profile(f: Fields) -> LatencyProfile:
         accelerators=f.whole("accelerators", 1, low=1),
         generation=f.text("generation"),
         queue_model=f.text("queue_model", "v3"),
+        log_covariance=_numbers(f, "log_covariance"),
         condition_number=f.number("condition_number", None) if "condition_number" in f else None,
     )
+
+
+def _numbers(f: Fields, key: str) -> tuple[float, ...]:
+    values = f.items(key)
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise InvalidInput(f"{f.path}.{key} holds something that is no number; give 9 numbers, or leave it out")
+    return tuple(float(v) for v in values)

@@ -32,10 +32,14 @@ class Accelerator:
     type: str  # what capacity is counted in
     units: int = 1  # cards of the type in one accelerator
     cost_per_h: float = 0.0
+    memory_gb: float = 0.0  # of the whole accelerator, as are the next two; 0: not known
+    memory_gb_s: float = 0.0  # its bandwidth
+    compute_tflops: float = 0.0  # dense, at the precision that is served
 
     def __post_init__(self) -> None:
         _check(f"accelerator {self.name}", units=self.units, low=1)
-        _check(f"accelerator {self.name}", cost_per_h=self.cost_per_h)
+        _check(f"accelerator {self.name}", cost_per_h=self.cost_per_h, memory_gb=self.memory_gb)
+        _check(f"accelerator {self.name}", memory_gb_s=self.memory_gb_s, compute_tflops=self.compute_tflops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +63,17 @@ class LatencyProfile:
     queue_model: str = "v3"
     condition_number: float | None = None  # of the fit; None: not fitted by us
     delta_s: float = 0.0  # fourth parameter of a queue model that has one (v1)
+    log_covariance: tuple[float, ...] = ()  # 3 x 3, of the logs of alpha, beta, gamma; empty: not known
 
     def __post_init__(self) -> None:
         owner = f"profile of {self.model} on {self.accelerator}"
         _check(owner, alpha_s=self.alpha_s, beta_s=self.beta_s, gamma_s=self.gamma_s, delta_s=self.delta_s)
         _check(owner, max_batch=self.max_batch, at_tokens=self.at_tokens, max_step_tokens=self.max_step_tokens)
         _check(owner, accelerators=self.accelerators, low=1)
+        if len(self.log_covariance) not in (0, 9) or not all(math.isfinite(v) for v in self.log_covariance):
+            raise InvalidInput(
+                f"{owner}: log_covariance has {len(self.log_covariance)} entries; give 9 numbers, or none"
+            )
 
     @property
     def known(self) -> bool:

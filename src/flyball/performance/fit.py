@@ -124,7 +124,7 @@ def fit(
             xtol=1e-12,
             ftol=1e-12,
         )
-        for start in [*_starts(points), *([np.log(start_s)] if start_s else [])]
+        for start in [steady_start(points), _third(points), *([np.log(start_s)] if start_s else [])]
     ]
     best = min(runs, key=lambda run: float(run.cost)).x
     errors = relative_errors(points, model, np.exp(best))
@@ -150,12 +150,11 @@ def condition_number(points: Sequence[OperatingPoint], model: QueueModel, parame
     return float(min(singular[0] / singular[2], HOPELESS)) if len(singular) == 3 and singular[2] > 0 else HOPELESS
 
 
-def _starts(points: Sequence[OperatingPoint]) -> list[Floats]:
-    """Two places to start from, as logs.
+def steady_start(points: Sequence[OperatingPoint]) -> Floats:
+    """The law as if loads were steady, as logs: a place to start from.
 
-    The first solves the law as if loads were steady. A step (of length ITL) computes rate (n + m) ITL tokens and reads
-    the cache of rate (TTFT + m ITL) requests; a first token takes its chunks' steps, half a step of waiting, and its
-    own work. Both are linear in the parameters. The second lets each parameter explain a third of the shortest ITL.
+    A step (of length ITL) computes rate (n + m) ITL tokens and reads the cache of rate (TTFT + m ITL) requests; a first
+    token takes its chunks' steps, half a step of waiting, and its own work. Both are linear in the parameters.
     """
     rate, n, m, limit, ttft, itl = np.array([
         (p.arrival_rps, p.input_tokens, p.output_tokens, p.max_step_tokens, p.ttft_s, p.itl_s) for p in points
@@ -166,5 +165,12 @@ def _starts(points: Sequence[OperatingPoint]) -> list[Floats]:
     firsts = np.stack((np.zeros_like(itl), n, n * (chunks + 1) / 2), axis=1) / ttft[:, None]
     own = np.maximum(ttft - (chunks + 0.5) * itl, 0.0) / ttft
     steady, _ = nnls(np.concatenate((steps, firsts)), np.concatenate((np.ones_like(itl), own)))
-    third = itl.min() / 3 / np.array([1.0, (n + m).mean(), (n + m).mean() ** 2])
-    return [np.log(np.maximum(steady, third * 1e-3)), np.log(third)]
+    logs: Floats = np.log(np.maximum(steady, np.exp(_third(points)) * 1e-3))
+    return logs
+
+
+def _third(points: Sequence[OperatingPoint]) -> Floats:
+    """Each parameter explains a third of the shortest ITL; as logs."""
+    tokens = float(np.mean([p.input_tokens + p.output_tokens for p in points]))
+    shortest = min(p.itl_s for p in points)
+    return np.asarray(np.log(shortest / 3 / np.array([1.0, tokens, tokens**2])))
