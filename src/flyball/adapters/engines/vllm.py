@@ -1,0 +1,31 @@
+"""vLLM's command line: `vllm serve MODEL --flag value --switch --no-switch`."""
+
+from __future__ import annotations
+
+from flyball.adapters.engines.catalogue import Catalogue, text_of
+from flyball.adapters.engines.spawned import LOCALHOST, Start
+from flyball.core.knobs import Configuration
+
+# What vLLM for processors needs to start on any machine; a user's own variables come after and win.
+CPU_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+VARIABLES = {"VLLM_NO_USAGE_STATS": "1"}
+
+
+class VllmDialect:
+    """See `spawned.Dialect`."""
+
+    ready_path = "/health"
+
+    def start(self, catalogue: Catalogue, values: Configuration, *, model: str, port: int, folder: str) -> Start:  # noqa: ARG002  # the protocol's
+        """Only what is away from its default is written."""
+        words = ["serve", model, "--host", LOCALHOST, "--port", str(port)]
+        for parameter, value in catalogue.changed(values):
+            if isinstance(value, bool):
+                words.append(parameter.key if value else parameter.key.replace("--", "--no-", 1))
+            else:
+                words += [parameter.key, text_of(value)]
+        return Start(words=tuple(words))
+
+    def served_name(self, model: str) -> str:
+        """The model as it was given."""
+        return model
