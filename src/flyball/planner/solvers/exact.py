@@ -83,6 +83,7 @@ def _program(columns: _Columns, capacity: Mapping[str, int], budget: Budget) -> 
         most=np.ones(len(candidates)),
         budget=budget,
         gap=_GAP,
+        sift=True,
     )
 
 

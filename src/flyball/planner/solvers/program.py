@@ -1,4 +1,10 @@
-"""An integer program, solved by HiGHS within a budget of time."""
+"""An integer program, solved by HiGHS within a budget of time.
+
+Large ones may be sifted first. Let z be the optimum without integrality and d_j >= 0 the reduced costs there: what the
+cost rises at least by for each unit of a column that stands at its least. A solution that costs z + g can use no column
+with d_j > g. So the program is solved over a small core of columns; the cost found says which others could matter, and
+only if there are any is it solved once more, with these.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,15 @@ from typing import NamedTuple
 
 import highspy
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 
 from flyball.core.errors import Infeasible
 from flyball.numerics.markov import Floats, Ints
+
+_SIFTED_FROM = 2000  # columns; smaller programs are solved as they are
+_CORE = 2  # columns a row that the core has at first
+_ROUNDING = 1e-7  # relative, of costs and reduced costs
 
 
 class Optimum(NamedTuple):
@@ -19,6 +30,15 @@ class Optimum(NamedTuple):
     amounts: Ints  # of each column
     cost: float
     bound: float  # no cost is smaller
+
+
+class _Run(NamedTuple):
+    """What HiGHS found."""
+
+    amounts: Floats
+    cost: float
+    bound: float
+    reduced: Floats  # costs; of a program without integrality
 
 
 @dataclass(slots=True)
@@ -39,6 +59,7 @@ class IntegerProgram:
     most: Floats
     budget: Budget
     gap: float  # relative, at which an optimum counts as proven
+    sift: bool = False  # pays where the optimum without integrality is nearly as good
 
     def with_row(self, row: Floats, at_least: float) -> IntegerProgram:
         """One more condition."""
@@ -47,6 +68,30 @@ class IntegerProgram:
 
     def minimise(self, cost: Floats) -> Optimum | None:
         """The best amounts found within the budget; None if there are none at all."""
+        found = self._sifted(cost) if self.sift and len(cost) >= _SIFTED_FROM else self._run(cost)
+        return None if found is None else Optimum(np.rint(found.amounts).astype(np.int64), found.cost, found.bound)
+
+    def _sifted(self, cost: Floats) -> _Run | None:
+        relaxed = self._run(cost, integral=False)
+        if relaxed is None:
+            return None
+        rising = np.where(relaxed.amounts <= self.least + _ROUNDING, relaxed.reduced, 0.0)
+        within = min(_CORE * len(self.low), len(cost) - 1)
+        width = float(np.partition(rising, within)[within])
+        found = self._core(rising <= width)._run(cost)
+        slack = _ROUNDING * max(abs(relaxed.cost), 1.0)
+        if found is not None:
+            others = rising[rising > width].min(initial=np.inf)
+            if found.cost <= relaxed.cost + others + slack:  # no column left out could help
+                return found._replace(bound=min(found.bound, relaxed.cost + others))
+            width = found.cost - relaxed.cost + slack
+        return self._core(rising <= (np.inf if found is None else width))._run(cost, start=found)
+
+    def _core(self, kept: NDArray[np.bool_]) -> IntegerProgram:
+        """The same, with all other columns at their least."""
+        return replace(self, most=np.where(kept, self.most, self.least))
+
+    def _run(self, cost: Floats, *, integral: bool = True, start: _Run | None = None) -> _Run | None:
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = len(cost), len(self.low)
         lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, self.least, self.most
@@ -54,11 +99,16 @@ class IntegerProgram:
         lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
         lp.a_matrix_.start_, lp.a_matrix_.index_ = self.rows.indptr, self.rows.indices
         lp.a_matrix_.value_ = self.rows.data
-        lp.integrality_ = [highspy.HighsVarType.kInteger] * len(cost)
+        if integral:
+            lp.integrality_ = [highspy.HighsVarType.kInteger] * len(cost)
         highs = highspy.Highs()
         for option, setting in (("output_flag", False), ("mip_rel_gap", self.gap), ("time_limit", self.budget.left_s)):
             highs.setOptionValue(option, setting)
         highs.passModel(lp)
+        if start is not None:
+            incumbent = highspy.HighsSolution()
+            incumbent.col_value = start.amounts.tolist()
+            highs.setSolution(incumbent)
         highs.run()
         self.budget.left_s = max(self.budget.left_s - highs.getRunTime(), 0.0)
         if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
@@ -66,5 +116,7 @@ class IntegerProgram:
         info = highs.getInfo()
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             raise Infeasible("no plan was found within the time limit; allow more time, or use the solver greedy")
-        amounts = np.rint(np.asarray(highs.getSolution().col_value)).astype(np.int64)
-        return Optimum(amounts, info.objective_function_value, info.mip_dual_bound)
+        solution = highs.getSolution()
+        amounts, reduced = np.asarray(solution.col_value), np.asarray(solution.col_dual)
+        bound = info.mip_dual_bound if integral else info.objective_function_value
+        return _Run(amounts, info.objective_function_value, bound, reduced)
