@@ -25,6 +25,33 @@ def _check(owner: str, *, low: float = 0.0, **values: float) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PowerCurve:
+    """What an accelerator draws, in watts: straight from idle to a middle point, and from there to full load.
+
+    >>> PowerCurve(idle_w=100, middle_w=300, full_w=400, middle_at=0.5).at(0.75)
+    350.0
+    """
+
+    idle_w: float
+    full_w: float
+    middle_w: float | None = None  # None: straight from idle to full
+    middle_at: float = 0.5  # utilisation of the middle point
+
+    def __post_init__(self) -> None:
+        _check("power", idle_w=self.idle_w, full_w=self.full_w, middle_w=self.middle_w or 0.0)
+        if not 0 < self.middle_at < 1:
+            raise InvalidInput(f"power: middle_at is {self.middle_at}; give a utilisation between 0 and 1")
+
+    def at(self, utilization: float) -> float:
+        """Watts at a utilisation of 0 to 1."""
+        if self.middle_w is None:
+            return self.idle_w + (self.full_w - self.idle_w) * utilization
+        if utilization <= self.middle_at:
+            return self.idle_w + (self.middle_w - self.idle_w) * utilization / self.middle_at
+        return self.middle_w + (self.full_w - self.middle_w) * (utilization - self.middle_at) / (1 - self.middle_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accelerator:
     """What a replica runs on: one or several cards of one type, rented together."""
 
@@ -35,10 +62,13 @@ class Accelerator:
     memory_gb: float = 0.0  # of the whole accelerator, as are the next two; 0: not known
     memory_gb_s: float = 0.0  # its bandwidth
     compute_tflops: float = 0.0  # dense, at the precision that is served
+    startup_cost: float = 0.0  # of starting it, once
+    power: PowerCurve | None = None
 
     def __post_init__(self) -> None:
         _check(f"accelerator {self.name}", units=self.units, low=1)
-        _check(f"accelerator {self.name}", cost_per_h=self.cost_per_h, memory_gb=self.memory_gb)
+        _check(f"accelerator {self.name}", cost_per_h=self.cost_per_h, startup_cost=self.startup_cost)
+        _check(f"accelerator {self.name}", memory_gb=self.memory_gb)
         _check(f"accelerator {self.name}", memory_gb_s=self.memory_gb_s, compute_tflops=self.compute_tflops)
 
 
@@ -149,6 +179,8 @@ class ServerSpec:
     model: str
     demand: Demand = field(default_factory=Demand)
     min_replicas: int = 0
+    max_replicas: int | None = None  # None: as many as the load needs
+    quota: str = ""  # of the fleet's quotas, the one that its cards count against
     max_batch: int = 0  # 0: as the profile says
     max_queue: int = 0  # requests that may wait at one replica; more are turned away
     keep_accelerator: bool = False
@@ -157,6 +189,11 @@ class ServerSpec:
     def __post_init__(self) -> None:
         owner = f"server {self.name}"
         _check(owner, min_replicas=self.min_replicas, max_batch=self.max_batch, max_queue=self.max_queue)
+        if self.max_replicas is not None and self.max_replicas < max(self.min_replicas, 1):
+            raise InvalidInput(
+                f"{owner}: max_replicas is {self.max_replicas} with min_replicas {self.min_replicas}; "
+                "give at least 1, and no less than min_replicas"
+            )
 
 
 def _list(names: Iterable[str]) -> str:
@@ -188,12 +225,26 @@ class FleetSpec:
     heterogeneous: bool = False  # a server's replicas may run on several accelerators
     saturation_policy: SaturationPolicy = "None"  # of the greedy solver, where capacity is short
     delayed_best_effort: bool = False  # its best effort waits until every priority has been served
+    quotas: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # name -> cards by type; others are free
+    budget_per_h: float | None = None  # most that all replicas together may cost
+    power_limit_w: float | None = None  # most that all accelerators together may draw
+    energy_price_per_kwh: float = 0.0  # counts in the choice, beside the cost
+    horizon_h: float = 1.0  # hours that a plan is expected to hold, over which start-up costs are spread
 
     def __post_init__(self) -> None:
         _named("accelerator", (a.name for a in self.accelerators))
         _named("profile", (f"{p.model} on {p.accelerator}" for p in self.profiles))
         _named("service class", (c.name for c in self.service_classes))
         _named("server", (s.name for s in self.servers))
+        _check("the fleet", budget_per_h=self.budget_per_h or 0.0, power_limit_w=self.power_limit_w or 0.0)
+        _check("the fleet", energy_price_per_kwh=self.energy_price_per_kwh)
+        _check("the fleet", low=1e-3, horizon_h=self.horizon_h)
+        for server in self.servers:
+            if server.quota and server.quota not in self.quotas:
+                raise InvalidInput(
+                    f"server {server.name} counts against the quota {server.quota!r}, and the fleet has "
+                    f"{_list(self.quotas)}; define it or correct the name"
+                )
 
     def with_profile(self, fitted: LatencyProfile) -> FleetSpec:
         """The same fleet with a measured profile in place of what was stated for its model and accelerator.
@@ -230,6 +281,7 @@ class Allocation(Placement):
     utilization: float = 0.0  # share of the batch in use
     loss: float = 0.0  # share of requests turned away because the queue is full
     capacity_rps: float = 0.0  # of all replicas together, within the targets
+    power_w: float = 0.0  # of all replicas at their load, where the accelerator's power is known
     slo_met: bool = True  # False where capacity was short, and fewer replicas run than the targets need
     also: tuple[Allocation, ...] = ()  # further replicas of the server, on other accelerators
 
