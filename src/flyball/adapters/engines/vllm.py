@@ -15,6 +15,7 @@ class VllmDialect:
     """See `spawned.Dialect`."""
 
     ready_path = "/health"
+    metrics_path = "/metrics"
 
     def start(self, catalogue: Catalogue, values: Configuration, *, model: str, port: int, folder: str) -> Start:  # noqa: ARG002  # the protocol's
         """Only what is away from its default is written."""
