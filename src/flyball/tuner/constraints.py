@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flyball.core.errors import InvalidInput
-from flyball.core.knobs import Configuration
+from flyball.core.knobs import Configuration, Value
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.LtE: operator.le, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.Gt: operator.gt,
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Not: operator.not_, ast.USub: operator.neg,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Not: np.logical_not, ast.USub: operator.neg,
 }  # fmt: skip
 _STRUCTURE = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Name, ast.Constant,
               ast.Load)  # fmt: skip
@@ -58,6 +61,20 @@ class Constraint:
     def __str__(self) -> str:
         return self.text
 
+    def holds_all(self, columns: Mapping[str, NDArray[Any] | Value]) -> NDArray[np.bool_]:
+        """Which of many configurations, given as a column of values a knob, satisfy the relation; division by 0 fails.
+
+        >>> Constraint("seqs <= tokens").holds_all({"seqs": np.array([2, 8]), "tokens": 4}).tolist()
+        [True, False]
+        """
+        with np.errstate(all="ignore"):
+            try:
+                return np.asarray(_evaluate(self._tree, columns), dtype=np.bool_)
+            except (ZeroDivisionError, TypeError) as error:
+                raise InvalidInput(
+                    f"the constraint {self.text!r} cannot be evaluated: {error}; mend its arithmetic"
+                ) from None
+
     def check_names(self, known: Collection[str]) -> None:
         """Raise InvalidInput if the constraint speaks of a knob that does not exist."""
         if unknown := sorted(self.names - set(known)):
@@ -75,21 +92,33 @@ class Constraint:
             ) from None
 
 
-def _evaluate(node: ast.expr, values: Configuration) -> Any:  # noqa: ANN401  # numbers, strings or truth, as Python has it
+def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:  # noqa: ANN401  # numbers, strings or truth, as Python has it
     match node:
         case ast.Constant(value=value):
             return value
         case ast.Name(id=name):
             return values[name]
         case ast.BoolOp(op=ast.And(), values=parts):
-            return all(_evaluate(part, values) for part in parts)
+            return _fold((_evaluate(part, values) for part in parts), every=True)
         case ast.BoolOp(values=parts):
-            return any(_evaluate(part, values) for part in parts)
+            return _fold((_evaluate(part, values) for part in parts), every=False)
         case ast.UnaryOp(op=op, operand=operand):
             return _OPERATORS[type(op)](_evaluate(operand, values))
         case ast.BinOp(left=left, op=op, right=right):
             return _OPERATORS[type(op)](_evaluate(left, values), _evaluate(right, values))
         case ast.Compare(left=left, ops=ops, comparators=comparators):
             seen = [_evaluate(part, values) for part in (left, *comparators)]
-            return all(_OPERATORS[type(op)](a, b) for op, a, b in zip(ops, seen, seen[1:], strict=False))
+            links = zip(ops, seen, seen[1:], strict=False)
+            return _fold((_OPERATORS[type(op)](a, b) for op, a, b in links), every=True)
     raise AssertionError(f"{type(node).__name__} was let through by the check at birth")
+
+
+def _fold(parts: Iterator[Any], *, every: bool) -> Any:  # noqa: ANN401  # a truth, or a column of them
+    """`and` (every) or `or`: of single truths no further than needed, of columns element by element."""
+    result: Any = every
+    for part in parts:
+        if isinstance(part, np.ndarray) or isinstance(result, np.ndarray):
+            result = np.logical_and(result, part) if every else np.logical_or(result, part)
+        elif bool(part) is not every:
+            return not every
+    return result

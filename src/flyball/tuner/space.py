@@ -15,8 +15,10 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from flyball.core.errors import InvalidInput, InvalidKnob
@@ -162,6 +164,14 @@ class Lattice:
     def legal(self, point: Point) -> bool:
         """Whether a point breaks no known constraint."""
         return self.broken(self.values(point)) is None
+
+    def holds_all(self, columns: Mapping[str, NDArray[Any]], count: int) -> NDArray[np.bool_]:
+        """Which of `count` configurations, given as a column of values for each axis, break no known constraint."""
+        whole = {**self.base, **self.fixed, **columns}
+        held = np.ones(count, dtype=bool)
+        for constraint in self.constraints:
+            held &= constraint.holds_all(whole)
+        return held
 
     def points(self) -> Iterator[Point]:
         """Every point; look at `size` first."""
