@@ -1,0 +1,222 @@
+"""What the load will be when a replica started now is ready: forecasts with their uncertainty, by name.
+
+A method is a pure step: a state, a sample of the arrival rate in, the next state out; from a state it gives the rate
+expected some seconds ahead. How far it was off at that distance is measured on its own past forecasts (`Tracker`), so
+that the uncertainty is the method's own, of this load, and not an assumption.
+
+symbol   meaning                                                              unit
+y        arrivals seen in a sample over its length                            1/s
+l, b     level of the rate; its slope                                         1/s, 1/s²
+h        how far ahead                                                        s
+H        half-life of a memory: after H seconds a sample weighs half          s
+
+naive      the last sample
+ewma       l += (1 - 2^(-dt/H)) (y - l)
+holt       level and slope (Holt, 1957), the slope fading with distance: l + b (1 - 2^(-h/D)) D / ln 2 (damped trend,
+           Gardner and McKenzie, 1985)
+seasonal   the level times the season's ratio between then and now; holt until one whole season was seen
+portfolio  whichever of the others was least off lately at this distance
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from flyball.core.errors import InvalidInput
+
+_ERROR_MEMORY_S = 1800.0  # half-life of what is known about a method's errors
+_PRIOR_ERROR = 0.1  # of the rate, before any forecast has come due
+_PRIOR_WEIGHT = 4.0  # forecasts that the prior counts for
+_SWITCH_GAIN = 0.8  # another method takes over once its squared error is under this share of the present one's
+_MOST_PENDING = 512
+
+
+class Sample(NamedTuple):
+    """Arrivals over a while."""
+
+    at_s: float  # its end
+    rate_rps: float
+    seconds: float  # its length
+
+    @property
+    def noise_var(self) -> float:
+        """Variance of the rate by chance alone, were arrivals a Poisson process."""
+        return max(self.rate_rps, 1.0 / self.seconds) / self.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """A rate some time ahead, and one standard deviation of what it may be off."""
+
+    mean_rps: float
+    sd_rps: float
+    method: str
+
+    def upper(self, deviations: float) -> float:
+        """The rate that is exceeded less often the more deviations are added; never below 0."""
+        return max(self.mean_rps + deviations * self.sd_rps, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a method remembers: level, slope, and of the seasonal one the season's bins."""
+
+    at_s: float = -math.inf
+    level: float = math.nan
+    slope: float = 0.0
+    bins: tuple[float, ...] = ()  # mean rate by phase of the season; NaN: not seen yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A way to forecast; `update` and `ahead` are pure."""
+
+    level_s: float = 0.0  # half-life of the level; 0: the last sample is the level
+    slope_s: float = 0.0  # half-life of the slope; 0: no slope
+    fade_s: float = 600.0  # distance after which half of the slope is no longer believed
+    season_s: float = 0.0  # length of a season; 0: none
+    bins: int = 96
+
+    def update(self, state: State, sample: Sample) -> State:
+        """Learn a sample."""
+        if math.isnan(state.level):
+            return State(sample.at_s, sample.rate_rps, 0.0, self._season(state, sample))
+        dt = max(sample.at_s - state.at_s, 1e-9)
+        gain = 1.0 - math.exp2(-dt / self.level_s) if self.level_s else 1.0
+        expected = state.level + state.slope * dt
+        level = max(expected + gain * (sample.rate_rps - expected), 0.0)
+        slope = state.slope
+        if self.slope_s:
+            slope += (1.0 - math.exp2(-dt / self.slope_s)) * ((level - state.level) / dt - slope)
+        return State(sample.at_s, level, slope, self._season(state, sample))
+
+    def _season(self, state: State, sample: Sample) -> tuple[float, ...]:
+        if not self.season_s:
+            return ()
+        bins = state.bins or (math.nan,) * self.bins
+        place = self._bin(sample.at_s)
+        old = bins[place]
+        new = sample.rate_rps if math.isnan(old) else old + 0.3 * (sample.rate_rps - old)
+        return (*bins[:place], new, *bins[place + 1 :])
+
+    def _bin(self, at_s: float) -> int:
+        return int(at_s % self.season_s / self.season_s * self.bins)
+
+    def ahead(self, state: State, horizon_s: float) -> float:
+        """The rate expected then."""
+        then, now = self._ratio(state, horizon_s)
+        if then is not None and now is not None and now > 0:
+            return state.level * min(then / now, 10.0)
+        reach_s = self.fade_s * (1.0 - math.exp2(-horizon_s / self.fade_s)) / math.log(2.0)
+        return max(state.level + state.slope * reach_s, 0.0)
+
+    def _ratio(self, state: State, horizon_s: float) -> tuple[float | None, float | None]:
+        if not state.bins or any(math.isnan(value) for value in state.bins):
+            return None, None
+        return state.bins[self._bin(state.at_s + horizon_s)], state.bins[self._bin(state.at_s)]
+
+
+METHODS: Mapping[str, Method] = {
+    "naive": Method(),
+    "ewma": Method(level_s=90.0),
+    "holt": Method(level_s=60.0, slope_s=180.0),
+    "seasonal": Method(level_s=120.0, slope_s=300.0, season_s=86_400.0),
+}
+PORTFOLIO = ("ewma", "holt", "seasonal")
+NAMES = (*METHODS, "portfolio")
+
+
+class _Pending(NamedTuple):
+    due_s: float
+    mean_rps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """One method's state, its forecasts that are not due yet, and how far off those were that are."""
+
+    state: State = field(default_factory=State)
+    pending: tuple[_Pending, ...] = ()
+    squared: float = 0.0  # sum of squared errors, fading
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The memory of a forecaster: each method's, and which is believed."""
+
+    tracked: Mapping[str, Tracked]
+    chosen: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecaster:
+    """Forecasts at one horizon that may change slowly, such as the measured start-up time of a replica."""
+
+    methods: Mapping[str, Method]
+
+    def start(self) -> Outlook:
+        """Before the first sample."""
+        return Outlook({name: Tracked() for name in self.methods}, next(iter(self.methods)))
+
+    def update(self, outlook: Outlook, sample: Sample, horizon_s: float) -> Outlook:
+        """Learn a sample, score the forecasts that it settles, and note what is expected at the horizon."""
+        tracked = {
+            name: _track(self.methods[name], old, sample, horizon_s) for name, old in outlook.tracked.items()
+        }  # fmt: skip
+        return Outlook(tracked, self._best(tracked, outlook.chosen, sample.rate_rps))
+
+    def _best(self, tracked: Mapping[str, Tracked], present: str, rate_rps: float) -> str:
+        errors = {name: _mean_squared(one, rate_rps) for name, one in tracked.items()}
+        best = min(errors, key=lambda name: errors[name])
+        return best if errors[best] < _SWITCH_GAIN * errors[present] else present
+
+    def ahead(self, outlook: Outlook, horizon_s: float) -> Forecast:
+        """The believed method's forecast; the uncertainty is that of the distance its errors were measured at."""
+        one = outlook.tracked[outlook.chosen]
+        if math.isnan(one.state.level):
+            return Forecast(mean_rps=0.0, sd_rps=0.0, method=outlook.chosen)
+        sd = math.sqrt(_mean_squared(one, one.state.level))
+        mean = self.methods[outlook.chosen].ahead(one.state, horizon_s)
+        return Forecast(mean_rps=mean, sd_rps=sd, method=outlook.chosen)
+
+    def level(self, outlook: Outlook) -> float:
+        """The rate now, chance smoothed away as the believed method does."""
+        level = outlook.tracked[outlook.chosen].state.level
+        return 0.0 if math.isnan(level) else level
+
+
+def _track(method: Method, old: Tracked, sample: Sample, horizon_s: float) -> Tracked:
+    due = [p for p in old.pending if p.due_s <= sample.at_s]
+    squared, weight = old.squared, old.weight
+    if due:
+        fade = math.exp2(-(sample.at_s - old.state.at_s) / _ERROR_MEMORY_S)
+        error = due[-1].mean_rps - sample.rate_rps
+        squared = squared * fade + max(error * error - sample.noise_var, 0.0)
+        weight = weight * fade + 1.0
+    state = method.update(old.state, sample)
+    later = [p for p in old.pending if p.due_s > sample.at_s][-_MOST_PENDING:]
+    later.append(_Pending(sample.at_s + horizon_s, method.ahead(state, horizon_s)))
+    return Tracked(state, tuple(later), squared, weight)
+
+
+def _mean_squared(one: Tracked, rate_rps: float) -> float:
+    prior = (_PRIOR_ERROR * rate_rps) ** 2
+    return (one.squared + _PRIOR_WEIGHT * prior) / (one.weight + _PRIOR_WEIGHT)
+
+
+def forecaster(name: str, *, season_s: float = 86_400.0) -> Forecaster:
+    """The forecaster of this name; `season_s` is the length of the season that the seasonal one looks for.
+
+    >>> one = forecaster("ewma")
+    >>> outlook = one.update(one.start(), Sample(0.0, 8.0, 60.0), 60.0)
+    >>> one.ahead(outlook, 60.0).mean_rps
+    8.0
+    """
+    if name not in NAMES:
+        raise InvalidInput(f"unknown forecast {name!r}; use one of {', '.join(NAMES)}")
+    methods = {n: METHODS[n] for n in (PORTFOLIO if name == "portfolio" else (name,))}
+    return Forecaster(methods={n: replace(m, season_s=season_s) if m.season_s else m for n, m in methods.items()})
