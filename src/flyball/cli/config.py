@@ -19,6 +19,8 @@ from flyball.cli.engine_options import (
     MaxNumBatchedTokens,
     MaxNumSeqs,
     Model,
+    Quantization,
+    QuantizeHead,
     Threads,
     engine_config,
     given,
@@ -43,6 +45,8 @@ def explain(
     kv_cache_mib: KvCacheMib = 512,
     block_size: BlockSize = 16,
     threads: Threads = None,
+    quantization: Quantization = None,
+    quantize_head: QuantizeHead = False,
     url: Annotated[str | None, typer.Option(help="Explain this running Flyball server instead.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Admin key of that server.", envvar="FLYBALL_ADMIN_KEY")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one setting a line.")] = False,
@@ -72,6 +76,8 @@ def explain(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         threads=threads,
+        quantization=quantization,
+        quantize_head=quantize_head,
     )
     from flyball.engine.explain import explain_unloaded
 

@@ -19,6 +19,11 @@ MaxModelLen = Annotated[
 KvCacheMib = Annotated[int, typer.Option(help="Upper bound of the KV cache in MiB.", min=1)]
 BlockSize = Annotated[int, typer.Option(help="Tokens in one KV block.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)]
+Quantization = Annotated[
+    Literal["int8_dynamic", "int8", "int4", "fp8", "nf4"] | None,
+    typer.Option(help="Keep the weights of linear layers in this format; default: as the checkpoint has them."),
+]
+QuantizeHead = Annotated[bool, typer.Option(help="Quantise the output layer as well, in int8.")]
 
 _FIELDS = {"kv_cache_mib": "kv_cache_bytes"}  # where an option has another name, in another unit, than the field
 
@@ -41,10 +46,10 @@ def engine_config(model: Path | None, *, kv_cache_mib: int, **fields: Any) -> An
     """The engine's configuration; raises InvalidInput for a folder that holds no complete checkpoint."""
     from flyball.engine.config import EngineConfig
 
-    return EngineConfig(model=_model_folder(model), kv_cache_bytes=kv_cache_mib * 2**20, **fields)
+    return EngineConfig(model=model_folder(model), kv_cache_bytes=kv_cache_mib * 2**20, **fields)
 
 
-def _model_folder(model: Path | None) -> Path:
+def model_folder(model: Path | None) -> Path:
     """The checkpoint, looked at before torch is loaded."""
     from flyball.core.errors import InvalidInput
 

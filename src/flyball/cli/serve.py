@@ -19,6 +19,8 @@ from flyball.cli.engine_options import (
     MaxNumBatchedTokens,
     MaxNumSeqs,
     Model,
+    Quantization,
+    QuantizeHead,
     Threads,
     engine_config,
     given,
@@ -45,6 +47,8 @@ def run(
     kv_cache_mib: KvCacheMib = 512,
     block_size: BlockSize = 16,
     threads: Threads = None,
+    quantization: Quantization = None,
+    quantize_head: QuantizeHead = False,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,6 +99,8 @@ def run(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         threads=threads,
+        quantization=quantization,
+        quantize_head=quantize_head,
     )
     with listen(host, port) as listener:  # before torch and the model are loaded, which takes a while
         from flyball.engine.async_engine import AsyncEngine

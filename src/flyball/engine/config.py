@@ -13,6 +13,7 @@ from flyball.engine.block_pool import Eviction
 
 Policy = Literal["fcfs", "priority", "shortest_prefill_first", "longest_prefix_match"]
 Victim = Literal["latest_arrival", "least_computed"]
+Quantization = Literal["int8_dynamic", "int8", "int4", "fp8", "nf4"]
 
 MAX_COUNT = 2**31 - 1  # where a knob has no natural bound
 
@@ -32,6 +33,8 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of one request, prompt and output; None: the model's positions
     threads: int | None = None  # CPU threads of the engine; None: as torch decides
     kernels: Literal["auto", "compiled", "torch"] = "auto"  # auto: compiled where model and machine allow, else torch
+    quantization: Quantization | None = None  # of weights, as they are loaded; None: as the checkpoint has them
+    quantize_head: bool = False  # the output layer as well, in int8
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):

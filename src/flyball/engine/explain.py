@@ -72,6 +72,8 @@ def explain(
 _WHY = {
     "model": "the folder of the checkpoint",
     "device": "where weights and KV are",
+    "quantization": "format of the weights of linear layers; none: as the checkpoint has them",
+    "quantize_head": "whether quantization takes in the output layer, in int8",
     "block_size": "tokens in a KV block: smaller ones waste less at a request's end, larger ones cost less bookkeeping",
     "max_num_seqs": "capacity: most sequences at once; the live knob moves below it",
     "max_num_batched_tokens": "capacity: most tokens in one step; the live knob moves below it",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from flyball.core.errors import InvalidInput
@@ -18,6 +19,8 @@ from flyball.engine.attention import NAME, DecodeGroup, PagedTensors, PrefillChu
 from flyball.engine.config import EngineConfig, pool_blocks
 from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel
+from flyball.engine.quantization.files import METHOD, load_quantized
+from flyball.engine.quantization.walk import quantization_config, quantization_of, quantize_loaded
 from flyball.engine.scheduler import Scheduled
 
 # Decode rows are sorted by length and cut where padding would exceed this share of the gathered positions.
@@ -46,6 +49,9 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.model, self.shape = load_model(config.model, config.dtype, config.device)
+        if config.quantization is not None:
+            quantize_loaded(self.model, config.quantization, head=config.quantize_head)
+        self.quantization = quantization_of(self.model)
         self.device = config.device
         self.block_size = config.block_size
         self.num_blocks = pool_blocks(config, self.shape.block_bytes(config.block_size), self.shape.max_positions)
@@ -58,7 +64,7 @@ class ModelRunner:
         self.kernels = "torch"  # what computes the steps, and why not something faster
         if config.kernels != "torch":
             try:
-                self.fused = FusedModel(self.model, self.cache, s.max_positions)
+                self.fused = self._fused()
                 self.kernels = "compiled"
             except KernelsUnavailable as reason:
                 if config.kernels == "compiled":
@@ -67,6 +73,11 @@ class ModelRunner:
                     ) from None
                 self.kernels = f"torch ({reason})"
 
+    def _fused(self) -> FusedModel:
+        if self.quantization:
+            raise KernelsUnavailable(f"the kernels do not know weights in {self.quantization}")
+        return FusedModel(self.model, self.cache, self.shape.max_positions)
+
     def describe(self) -> dict[str, str | int | None]:
         """What was loaded, for people and dashboards."""
         return {
@@ -74,7 +85,7 @@ class ModelRunner:
             "parameters": self.parameters,
             "dtype": str(self.shape.dtype).removeprefix("torch."),
             "device": self.device,
-            "quantization": None,
+            "quantization": self.quantization,
             "kernels": self.kernels,
             "vocab_size": self.shape.vocab_size,
             "kv_cache_bytes": self.num_blocks * self.shape.block_bytes(self.block_size),
@@ -167,12 +178,23 @@ def load_model(path: Path, dtype: str, device: str) -> tuple[Any, ModelShape]:
     hf_logging.disable_progress_bar()
     try:
         raw = AutoConfig.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=NAME,
-            local_files_only=True,
-        )
+        described = quantization_config(raw)
+        if described.get("quant_method") == METHOD:
+            model = _load_ours(path, raw, described, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=NAME,
+                local_files_only=True,
+            )
+    except ImportError as error:
+        method = described.get("quant_method", "an unknown method")
+        raise InvalidInput(
+            f"the weights in {path} are quantised with {method}, which transformers cannot load here "
+            f"({str(error).strip().splitlines()[0]}); install what it names, or quantise the original with "
+            "flyball quantize"
+        ) from error
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidInput(
@@ -181,6 +203,18 @@ def load_model(path: Path, dtype: str, device: str) -> tuple[Any, ModelShape]:
     model = model.to(device).eval().requires_grad_(False)
     eos = model.generation_config.eos_token_id if model.generation_config else raw.eos_token_id
     return model, shape_of(raw, model.dtype, eos)
+
+
+def _load_ours(path: Path, raw: Any, described: Mapping[str, Any], dtype: str) -> Any:  # noqa: ANN401  # untyped library
+    """A checkpoint that `flyball quantize` wrote: the architecture without content, then what was saved."""
+    del raw.quantization_config
+    wanted = getattr(raw, "dtype", None) or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(raw, dtype=wanted, attn_implementation=NAME)
+    load_quantized(path, model, described)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
 
 
 def read_shape(path: Path, dtype: str) -> ModelShape:
