@@ -1,0 +1,1 @@
+"""Proposers for a live service: cheap, bounded in memory, and able to forget."""
