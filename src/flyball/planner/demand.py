@@ -28,7 +28,7 @@ def inside(view: ServerView) -> float:
 def arrivals(view: ServerView, *, window_s: float, inside_before: float | None) -> Arrivals | None:
     """The arrival rate over a window, or None where what was reported cannot tell.
 
-    `inside_before` is `inside` at the window's start; without it (the first look) growth is taken for none.
+    `inside_before` is `inside` at the window's start; without it (at the first look) growth cannot be told.
 
     >>> from flyball.core.observation import ReplicaView
     >>> idle = ReplicaView(name="r", accelerator="A")
@@ -40,8 +40,7 @@ def arrivals(view: ServerView, *, window_s: float, inside_before: float | None) 
         return None
     if view.arrivals is not None:
         return Arrivals(rate_rps=view.arrivals / window_s, source="gateway")
-    if not view.replicas or not all(r.reported for r in view.replicas):
+    if inside_before is None or not view.replicas or not all(r.reported for r in view.replicas):
         return None
-    before = inside(view) if inside_before is None else inside_before
-    came = max(view.completed + inside(view) - before, 0.0)
+    came = max(view.completed + inside(view) - inside_before, 0.0)
     return Arrivals(rate_rps=came / window_s, source="throughput and queue growth")

@@ -27,10 +27,11 @@ from typing import NamedTuple
 
 from flyball.core.errors import InvalidInput
 
-_ERROR_MEMORY_S = 1800.0  # half-life of what is known about a method's errors
+_ERROR_MEMORY_S = 900.0  # half-life of what is known about a method's errors
 _PRIOR_ERROR = 0.1  # of the rate, before any forecast has come due
 _PRIOR_WEIGHT = 4.0  # forecasts that the prior counts for
-_SWITCH_GAIN = 0.8  # another method takes over once its squared error is under this share of the present one's
+_SWITCH_GAIN = 0.9  # another method takes over once its error is under this share of the present one's
+_SD_OF_MEAN_ERROR = 1.25  # standard deviation over mean absolute error, of a normal law
 _MOST_PENDING = 512
 
 
@@ -140,7 +141,7 @@ class Tracked:
 
     state: State = field(default_factory=State)
     pending: tuple[_Pending, ...] = ()
-    squared: float = 0.0  # sum of squared errors, fading
+    off_rps: float = 0.0  # sum of errors beyond what chance explains, fading
     weight: float = 0.0
 
 
@@ -170,7 +171,7 @@ class Forecaster:
         return Outlook(tracked, self._best(tracked, outlook.chosen, sample.rate_rps))
 
     def _best(self, tracked: Mapping[str, Tracked], present: str, rate_rps: float) -> str:
-        errors = {name: _mean_squared(one, rate_rps) for name, one in tracked.items()}
+        errors = {name: _deviation(one, rate_rps) for name, one in tracked.items()}
         best = min(errors, key=lambda name: errors[name])
         return best if errors[best] < _SWITCH_GAIN * errors[present] else present
 
@@ -179,7 +180,7 @@ class Forecaster:
         one = outlook.tracked[outlook.chosen]
         if math.isnan(one.state.level):
             return Forecast(mean_rps=0.0, sd_rps=0.0, method=outlook.chosen)
-        sd = math.sqrt(_mean_squared(one, one.state.level))
+        sd = _deviation(one, one.state.level)
         mean = self.methods[outlook.chosen].ahead(one.state, horizon_s)
         return Forecast(mean_rps=mean, sd_rps=sd, method=outlook.chosen)
 
@@ -191,21 +192,22 @@ class Forecaster:
 
 def _track(method: Method, old: Tracked, sample: Sample, horizon_s: float) -> Tracked:
     due = [p for p in old.pending if p.due_s <= sample.at_s]
-    squared, weight = old.squared, old.weight
+    off_rps, weight = old.off_rps, old.weight
     if due:
         fade = math.exp2(-(sample.at_s - old.state.at_s) / _ERROR_MEMORY_S)
         error = due[-1].mean_rps - sample.rate_rps
-        squared = squared * fade + max(error * error - sample.noise_var, 0.0)
+        off_rps = off_rps * fade + math.sqrt(max(error * error - sample.noise_var, 0.0))
         weight = weight * fade + 1.0
     state = method.update(old.state, sample)
     later = [p for p in old.pending if p.due_s > sample.at_s][-_MOST_PENDING:]
     later.append(_Pending(sample.at_s + horizon_s, method.ahead(state, horizon_s)))
-    return Tracked(state, tuple(later), squared, weight)
+    return Tracked(state, tuple(later), off_rps, weight)
 
 
-def _mean_squared(one: Tracked, rate_rps: float) -> float:
-    prior = (_PRIOR_ERROR * rate_rps) ** 2
-    return (one.squared + _PRIOR_WEIGHT * prior) / (one.weight + _PRIOR_WEIGHT)
+def _deviation(one: Tracked, rate_rps: float) -> float:
+    """From mean absolute errors: one shock must not be feared for as long as squares would."""
+    prior = _PRIOR_ERROR * rate_rps / _SD_OF_MEAN_ERROR
+    return _SD_OF_MEAN_ERROR * (one.off_rps + _PRIOR_WEIGHT * prior) / (one.weight + _PRIOR_WEIGHT)
 
 
 def forecaster(name: str, *, season_s: float = 86_400.0) -> Forecaster:

@@ -9,7 +9,7 @@ looks but never backwards and never by more than a few periods: a clock that jum
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -173,6 +173,20 @@ class FleetLoop:
         decision = FleetDecision(replicas=decided, reasons=reasons, explanations=explanations)
         return decision, LoopMemory(state.now_s, now_s, servers)
 
+    def refused(self, before: LoopMemory, after: LoopMemory, servers: Container[str]) -> LoopMemory:
+        """The memory after a decision that the cluster refused for some servers: nothing was asked of them."""
+        undone = {
+            name: replace(one, asked=old.asked, damped=old.damped)
+            for name, one in after.servers.items()
+            if name in servers and (old := before.servers.get(name))
+        }
+        first = {
+            name: replace(one, asked=None, damped={})
+            for name, one in after.servers.items()
+            if name in servers and name not in before.servers
+        }
+        return replace(after, servers={**after.servers, **undone, **first})
+
     def _elapsed(self, state: FleetState, memory: LoopMemory) -> tuple[float, str]:
         """By how much the loop ages, and what is odd about the state's time."""
         if memory.seen_s is None:
@@ -286,9 +300,10 @@ class FleetLoop:
             least = 1
             if not seen.replicas:
                 said.append("woken from zero on the cheapest accelerator that can keep the promise")
-        elif not least and not busy and seen.replicas and memory.idle_s < settings.retention_s:
-            least = 1
-            said.append(f"idle for {memory.idle_s:.0f} of {settings.retention_s:g} s before going to zero")
+        elif not least and not busy:
+            least = int(memory.idle_s < settings.retention_s and seen.replicas > 0)
+            total = total if least else 0
+            said.append(f"idle for {memory.idle_s:.0f} s; after {settings.retention_s:g} s it goes to zero")
         silent = sum(not r.reported for r in view.ready)
         if silent and total < seen.replicas:
             least = max(least, seen.replicas)
