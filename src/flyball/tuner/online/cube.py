@@ -54,7 +54,9 @@ class Cube:
         for i in self._discrete:
             knob, column = self.knobs[i], points[:, i]
             if knob.kind in ("bool", "choice"):
-                column[:] = (np.minimum(np.floor(column * self._levels[i]), self._levels[i] - 1) + 0.5) / self._levels[i]
+                column[:] = (np.minimum(np.floor(column * self._levels[i]), self._levels[i] - 1) + 0.5) / self._levels[
+                    i
+                ]
                 continue
             low, high = _ends(knob)
             raw = np.exp(low + column * (high - low)) if knob.log else low + column * (high - low)

@@ -30,7 +30,11 @@ LEAST_RADIUS = 1e-4
 MOST_RADIUS = 0.6
 _CANDIDATES = 24  # random ones, beside those on the path to the model's minimum
 _PATH = np.concatenate([[0.0], 10.0 ** np.linspace(-4, 2.5, 14)])
+_CLOSER = 0.4  # of the way from the last good to the first bad point, where a wall is put
 _MARGIN = 1.0  # standard deviations of the model's residual that a predicted margin must keep
+_DOUBT_RADIUS = 0.1  # from where a search that has settled is tried once more
+_SURE_RADIUS = 1e-2  # below, a step that failed shrinks the radius whatever the model stands on
+_HOP_REACH = 0.2  # edges of the cube
 _NOISY_RADIUS = 0.02  # the least radius where measurements are noisy
 _EXACT = 1e-3  # of the spread of the costs: a residual that small means that the model is right
 _LOOK = (6, 64)  # asks from one look around to the next once settled: at first, at most
@@ -50,6 +54,15 @@ class _Step(NamedTuple):
     u: Vector
     gain: float
     length: float
+
+
+class _Hop(NamedTuple):
+    """An excursion to another region."""
+
+    tick: int  # of its beginning
+    until: int
+    center: Vector
+    cost: float  # of the incumbent then
 
 
 class Local:
@@ -76,8 +89,10 @@ class Local:
         self._check = False
         self._surprises = 0
         self._replicated = False
-        self._hop_from: tuple[Vector, float] | None = None
-        self._hop_left = 0
+        self._fill_next = False
+        self._doubted = False
+        self._hop_from: _Hop | None = None
+        self._hops = 0
         self._hops_failed = 0
         self._quiet = 0  # asks until the next hop may begin
 
@@ -96,7 +111,18 @@ class Local:
             return Suggestion(known.copy(), "the incumbent again")
         if self.settled:
             return self._settled_ask(known, pending)
-        return self._model_step(best, pending)
+        return self._model_step(self._center(best), pending)
+
+    def _center(self, best: int) -> int:
+        """The row that steps are made from: the incumbent, or the best of a hop's region."""
+        if self._hop_from is None:
+            return best
+        points = self.points
+        recent = (points.age[: points.n] > self._hop_from.tick) & points.feasible()
+        recent &= np.abs(points.u[: points.n] - self._hop_from.center).max(axis=1) <= _HOP_REACH
+        if not recent.any():
+            return best
+        return int(np.where(recent, points.y[: points.n, 0], np.inf).argmin())
 
     def _due_again(self, best: int) -> bool:
         points = self.points
@@ -114,7 +140,6 @@ class Local:
         self._quiet -= 1
         if self._quiet <= 0 and self._worth_hopping():
             self._begin_hop(known)
-            assert self._best is not None
             return Suggestion(self._design.popleft(), "another region, as one quadratic does not explain this one")
         if self._since_look < self._looks and not _among(known, pending):
             return Suggestion(known.copy(), "the incumbent, settled")
@@ -124,45 +149,41 @@ class Local:
         around = self._around(known, reach)
         allowed = self._apart(around, pending, 0.0) & self._safe(around)
         if not allowed.any():
-            return Suggestion(self._random(pending) if _among(known, pending) else known.copy(), "the incumbent, settled")
+            return Suggestion(
+                self._random(pending) if _among(known, pending) else known.copy(), "the incumbent, settled"
+            )
         chosen = around[int(allowed.argmax())]
         self._steps.append(_Step(chosen, 0.0, reach))
         return Suggestion(chosen, "a look around the incumbent")
 
-    def _model_step(self, best: int, pending: Matrix) -> Suggestion:
+    def _model_step(self, center: int, pending: Matrix) -> Suggestion:
         points = self.points
-        known = points.u[best]
-        model = _Model(self, best)
-        noise = np.sqrt(points.noise)
+        known = points.u[center]
+        if self._fill_next:
+            self._fill_next = False
+            if self._thin(center) and (filling := self._fill(known, pending)) is not None:
+                return filling
+        model = _Model(self, center)
+        least_gain = max(model.tolerance, 0.2 * float(np.sqrt(points.noise)))
         while True:
-            steps = model.candidates(self.radius, self._rng)
-            around = self._cube.snap(known + steps)
+            around = self._cube.snap(known + model.candidates(self.radius, self._rng))
             away = self._cube.differences(around, known)
-            allowed = self._apart(around, pending, 0.02 * self.radius)
-            if model.bad.any():
-                allowed &= self._safe(around, model.bad)
-            expected = model.expect(away)
-            gains = np.where(allowed, model.at_center - expected[:, 0], -np.inf)
-            if expected.shape[1] > 1:
-                broken = np.maximum(expected[:, 1:] + _MARGIN * model.deviation[1:], 0.0).sum(axis=1)
-                least = np.where(allowed, broken, np.inf).min()
-                if least > 0:
-                    gains = np.where(allowed, broken_now(points, best) - broken, -np.inf)
-                else:
-                    gains = np.where(broken > 0, -np.inf, gains)
+            allowed = self._apart(around, pending, 0.02 * self.radius) & model.safe(away)
+            gains = model.gains(away, allowed)
             chosen = int(gains.argmax())
-            far = gains[chosen] > max(model.tolerance, 0.2 * noise)
-            unsure = not model.exact and self._thin(best)
-            if unsure and (not far or (away[chosen] ** 2).sum() < (0.1 * self.radius) ** 2):
-                if (filling := self._fill(known, pending, model)) is not None:
+            promising = gains[chosen] > least_gain
+            short = not promising or float((away[chosen] ** 2).sum()) < (0.1 * self.radius) ** 2
+            if short and not model.exact and self._thin(center):
+                filling = self._fill(known, pending)
+                if filling is not None:
                     return filling
-            if far:
+            if promising:
                 step = _Step(around[chosen], float(gains[chosen]), float(np.sqrt((away[chosen] ** 2).sum())))
                 self._steps.append(step)
                 return Suggestion(step.u, f"the model's minimum within {self.radius:.3g}")
             self.radius *= 0.5
             if self.radius < (_NOISY_RADIUS if points.noise > 0 else LEAST_RADIUS):
-                return self._settle(known, pending)
+                return self._settle(pending)
 
     def _thin(self, best: int) -> bool:
         """Whether there are too few rows around to say what happens within the radius."""
@@ -171,10 +192,10 @@ class Local:
         near = int(((away > 0.05 * self.radius) & (away <= 2.0 * self.radius)).sum())
         return near < min(self._p - 1, 2 * self._cube.size + 1)
 
-    def _fill(self, known: Vector, pending: Matrix, model: _Model) -> Suggestion | None:
+    def _fill(self, known: Vector, pending: Matrix) -> Suggestion | None:
         """The candidate farthest from all rows: the model lacks points to stand on."""
         around = self._around(known, self.radius)
-        allowed = self._apart(around, pending, 0.1 * self.radius) & self._safe(around, model.bad)
+        allowed = self._apart(around, pending, 0.1 * self.radius) & self._safe(around)
         if not allowed.any():
             return None
         rows = self.points.u[: self.points.n]
@@ -183,12 +204,16 @@ class Local:
         self._steps.append(_Step(chosen, 0.0, self.radius))
         return Suggestion(chosen, "a point that the model lacks")
 
-    def _settle(self, known: Vector, pending: Matrix) -> Suggestion:
-        self.settled = True
-        self.radius = LEAST_RADIUS
-        self._since_look = 0
+    def _settle(self, pending: Matrix) -> Suggestion:
+        """The search is at its end here: look once more from farther away, then stay."""
         self._end_hop()
-        return self._settled_ask(self.points.u[self._best if self._best is not None else 0], pending)
+        if not self._doubted and not self.points.noise > 0:
+            self._doubted, self.radius = True, _DOUBT_RADIUS
+            assert self._best is not None
+            return self._model_step(self._best, pending)
+        self.settled, self.radius, self._since_look = True, LEAST_RADIUS, 0
+        assert self._best is not None
+        return self._settled_ask(self.points.u[self._best], pending)
 
     def _around(self, known: Vector, reach: float) -> Matrix:
         steps = self._rng.standard_normal((_CANDIDATES, self._cube.size))
@@ -232,18 +257,18 @@ class Local:
             points.y[at, 1:] = seen.margins
             self.forget(at)
             return
-        was = float(points.y[before, 0]) if before is not None else np.inf
+        center = None if before is None else self._center(before)
+        was = float(points.y[center, 0]) if center is not None else np.inf
         row = points.add(seen, before)
         self._best = points.best()
         step = self._take_step(seen.u)
-        if step is not None and before is not None:
-            self._judge(step, seen, was, moved=self._best != before and self._best == row)
+        if step is not None and center is not None and self._best is not None:
+            now = self._center(self._best)
+            self._judge(step, seen, was, moved=now != center and now == row)
         elif self._best == row and before is not None and row != before and self.settled:
             self.settled, self.radius = False, 0.1
-        if self._hop_left:
-            self._hop_left -= 1
-            if not self._hop_left:
-                self._end_hop()
+        if self._hop_from is not None and points.tick > self._hop_from.until:
+            self._end_hop()
 
     def _world_changed(self, row: int, seen: Seen) -> bool:
         """Whether the incumbent, measured again, is not what it was: the world has changed."""
@@ -266,14 +291,16 @@ class Local:
             return
         if self.settled or step.gain <= 0:
             return
-        self.radius *= 0.5
-        if seen.failed or seen.cost - was > 10.0 * step.gain:
+        cliff = seen.failed or seen.cost - was > 10.0 * step.gain
+        if cliff:
             self._surprises += 1
             if self._surprises >= 2 and self._best is not None and self._stale(self._best, 8):
                 self._check, self._surprises = True, 0
-        if self.radius < LEAST_RADIUS:
-            self.settled = True
-            self._end_hop()
+        if self._best is not None and self._thin(self._center(self._best)) and self.radius > _SURE_RADIUS:
+            self._fill_next = True
+            self.radius *= 0.8
+        else:
+            self.radius *= 0.7 if cliff else 0.5
 
     def _stale(self, row: int, ticks: int) -> bool:
         return bool(self.points.tick - self.points.age[row] >= ticks)
@@ -292,7 +319,7 @@ class Local:
         row = self._best if row is None else row
         self._steps.clear()
         self._design.clear()
-        self._hop_left, self._hop_from = 0, None
+        self._hop_from, self._hops, self._doubted, self._fill_next = None, 0, False, False
         self.settled, self.radius, self._looks = False, FIRST_RADIUS, _LOOK[0]
         self._replicated, self._check, self._surprises, self._hops_failed, self._quiet = False, False, 0, 0, 0
         if row is None:
@@ -322,31 +349,47 @@ class Local:
             return False
         u, y = points.u[: points.n][good] - 0.5, points.y[: points.n, 0][good]
         terms = np.column_stack([np.ones(len(u)), u, u[:, self._i] * u[:, self._j]])
-        fit = terms @ np.linalg.lstsq(terms, y, rcond=None)[0]
+        basis, _ = np.linalg.qr(terms)
+        residual = y - basis @ (basis.T @ y)
+        left_out = residual / np.maximum(1.0 - (basis**2).sum(axis=1), 0.05)
         self._quiet = 8
-        return bool(((y - fit) ** 2).sum() > (1 - _EXPLAINED) * ((y - y.mean()) ** 2).sum())
+        return bool((left_out**2).sum() > (1 - _EXPLAINED) * ((y - y.mean()) ** 2).sum())
 
     def _begin_hop(self, known: Vector) -> None:
-        points = self.points
+        """Search another region for a while: first where the whole space's trend is least, then around the best."""
+        points, d = self.points, self._cube.size
         assert self._best is not None
-        self._hop_from = (known.copy(), float(points.y[self._best, 0]))
-        self._hop_left = 6 * self._cube.size
-        d = self._cube.size
-        aim = self._cube.snap(known + 0.2 * self._rng.standard_normal((_CANDIDATES, d)))
+        aim = self._cube.snap(known + _HOP_REACH * self._rng.standard_normal((_CANDIDATES, d)))
+        if not self._hops:
+            u = self._cube.snap(self._rng.random((16 * _CANDIDATES, d)))
+            aim = u[np.argsort(self._trend(u))[:_CANDIDATES]]
         safe = self._safe(aim) & self._apart(aim, np.empty((0, d)), 0.05)
         center = aim[int(safe.argmax())]
-        spread = low_discrepancy(0, d, d, self._rng.random(d)) - 0.5
-        self._design.extend([center, *self._cube.snap(center + 0.1 * spread)])
-        self._best_in_hop = center
+        self._hop_from = _Hop(points.tick, points.tick + 8 * d, center, float(points.y[self._best, 0]))
+        self._hops += 1
+        spread = low_discrepancy(0, d + 1, d, self._rng.random(d)) - 0.5
+        self._design.extend([center, *self._cube.snap(center + _HOP_REACH * spread)])
+        self.settled, self.radius = False, 0.5 * _HOP_REACH
+
+    def _trend(self, u: Matrix) -> Vector:
+        """Cost by a separable parabola through all rows: no wiggles, only where it is lower on the whole."""
+        points = self.points
+        good = points.feasible()
+        rows, cost = points.u[: points.n][good] - 0.5, points.y[: points.n, 0][good]
+        system = np.column_stack([np.ones(len(rows)), rows, rows**2])
+        weights = np.linalg.solve(system.T @ system + 1e-2 * np.eye(system.shape[1]), system.T @ cost)
+        return np.asarray(np.column_stack([np.ones(len(u)), u - 0.5, (u - 0.5) ** 2]) @ weights)
 
     def _end_hop(self) -> None:
         if self._hop_from is None:
             return
         best = self._best
-        better = best is not None and float(self.points.y[best, 0]) < self._hop_from[1]
+        better = best is not None and float(self.points.y[best, 0]) < self._hop_from.cost
         self._hops_failed = 0 if better else self._hops_failed + 1
-        self._quiet = 0 if better else 4 * 2**min(self._hops_failed, 8)
-        self._hop_from, self._hop_left = None, 0
+        self._quiet = 0 if better else 2 ** min(self._hops_failed, 8)
+        self._hop_from, self._doubted = None, not better
+        self.radius = 0.1 if better else LEAST_RADIUS
+        self.settled = not better
 
 
 class _Model:
@@ -368,7 +411,9 @@ class _Model:
         self.bad = failed | cliff
         weights[cliff] = 0.0
         self._h = float(np.sqrt(reach))
-        terms = self._terms(away / self._h)
+        self._s = away / self._h
+        self._margins = y[best, 1:].copy()
+        terms = self._terms(self._s)
         weighted = terms.T * weights
         system = weighted @ terms
         right = weighted @ (y - y[best])
@@ -390,6 +435,49 @@ class _Model:
         costs = y[:, 0][weights > 0.1]
         self.tolerance = max(1e-10 * float(costs.max() - costs.min()), 1e-14) if len(costs) else 1e-14
         self._d = d
+        self._broken = broken_now(points, best)
+        self._walls = self._wall(self._s, square <= 9.0 * reach)
+
+    def _wall(self, s: Matrix, near: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[Vector, float] | None:
+        """What keeps good points from bad ones: a normal and an offset, a_0 + a s <= 0, where a plane can."""
+        if not self.bad.any():
+            return None
+        rows = np.column_stack([np.ones(len(s)), s])[near]
+        label = np.where(self.bad[near], 1.0, -1.0)
+        if not self.bad[near].any():
+            return None
+        weight = np.exp(-0.5 * (rows[:, 1:] ** 2).sum(axis=1)) + 1e-3
+        weight[label > 0] *= max((label < 0).sum() / (label > 0).sum(), 1.0)
+        system = (rows.T * weight) @ rows
+        system.flat[:: self._d + 2] += 1e-6 * weight.sum()
+        a = np.linalg.solve(system, rows.T @ (weight * label))
+        score = rows @ a
+        good, bad = float(score[label < 0].max()), float(score[label > 0].min())
+        if bad <= good or not (a[1:] ** 2).sum() > 0:
+            return None
+        return a[1:], float(a[0]) - (good + _CLOSER * (bad - good))
+
+    def safe(self, away: Matrix) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which steps stay on the good side of the wall; where no plane is one, on the side of the nearest good row."""
+        if not self.bad.any():
+            return np.ones(len(away), dtype=bool)
+        s = away / self._h
+        if self._walls is not None:
+            normal, offset = self._walls
+            return np.asarray(s @ normal + offset <= 1e-9)
+        gaps = ((s[:, None, :] - self._s) ** 2).sum(axis=2)
+        return np.asarray(gaps[:, ~self.bad].min(axis=1) <= gaps[:, self.bad].min(axis=1))
+
+    def gains(self, away: Matrix, allowed: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Vector:
+        """What each step should gain; minus infinity for one that is not allowed or would break a promise."""
+        expected = self._terms(away / self._h) @ self._b
+        gains = np.where(allowed, self.at_center - expected[:, 0], -np.inf)
+        if expected.shape[1] == 1:
+            return gains
+        broken = np.maximum(expected[:, 1:] + _MARGIN * self.deviation[1:] + self._margins, 0.0).sum(axis=1)
+        if self._broken > 0:  # first of all, keep the promises
+            return np.where(allowed, self._broken - broken, -np.inf)
+        return np.where(broken > 0, -np.inf, gains)
 
     def _terms(self, s: Matrix) -> Matrix:
         d = s.shape[1]
@@ -398,11 +486,6 @@ class _Model:
         terms[:, 1 : d + 1] = s
         np.multiply(s[:, self._i], s[:, self._j], out=terms[:, d + 1 :])
         return terms
-
-    def expect(self, away: Matrix) -> Matrix:
-        """Cost and margins at some distance from the incumbent; costs relative to it."""
-        expected = self._terms(away / self._h) @ self._b
-        return np.asarray(expected)
 
     def candidates(self, radius: float, rng: np.random.Generator) -> Matrix:
         """Steps on the path to the model's minimum (one for each multiplier), and random ones."""
@@ -417,6 +500,13 @@ class _Model:
         along = -(basis.T @ gradient) / np.maximum(values + multipliers[:, None], 1e-30)
         path = along @ basis.T * self._h
         steps = np.concatenate([path, radius * rng.uniform(-1.0, 1.0, (_CANDIDATES, d))])
+        walls = [] if self._walls is None else [self._walls]
+        walls += [(self._b[1 : d + 1, j], float(m) + _MARGIN * float(self.deviation[j]))
+                  for j, m in enumerate(self._margins, start=1)]  # fmt: skip
+        for normal, offset in walls:  # along a wall that is in the way, not away from it
+            over = (steps / self._h) @ normal + offset
+            along_it = steps - np.outer(np.maximum(over, 0.0) / max(float(normal @ normal), 1e-30), normal) * self._h
+            steps = np.concatenate([steps, along_it[over > 0]])
         longest = np.abs(steps).max(axis=1, keepdims=True)
         return np.asarray(steps * np.minimum(1.0, radius / np.maximum(longest, 1e-30)))
 
