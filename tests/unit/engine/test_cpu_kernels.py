@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,35 @@ def test_a_packed_linear_equals_a_plain_one(m: int, k: int, n: int) -> None:
     x = torch.randn(m, k, generator=generator).bfloat16()
     w = torch.randn(n, k, generator=generator).bfloat16()
     packed = torch.empty(library.fb_packed_elements(n, k), dtype=torch.bfloat16)
-    library.fb_pack(w.data_ptr(), n, k, 0, packed.data_ptr())
+    library.fb_pack(w.data_ptr(), n, k, 0, packed.data_ptr(), 2)
     y = torch.full((m, n), float("nan"))
-    library.fb_linear(x.data_ptr(), m, k, packed.data_ptr(), n, y.data_ptr())
+    library.fb_linear(x.data_ptr(), m, k, packed.data_ptr(), n, y.data_ptr(), 2)
     torch.testing.assert_close(y, x.float() @ w.float().T, atol=1e-3, rtol=1e-3)
+
+
+def test_threads_more_than_cores_and_callers_at_once_change_no_bit() -> None:
+    """Who computes a chunk does not matter: callers of several threads, with helpers that come late, get equal bits."""
+    library = build.load_kernels()
+    generator = torch.Generator().manual_seed(1)
+    m, k, n = 7, 64, 640
+    x = torch.randn(m, k, generator=generator).bfloat16()
+    packed = torch.empty(library.fb_packed_elements(n, k), dtype=torch.bfloat16)
+    w = torch.randn(n, k, generator=generator).bfloat16()
+    library.fb_pack(w.data_ptr(), n, k, 0, packed.data_ptr(), 1)
+    alone = torch.empty((m, n))
+    library.fb_linear(x.data_ptr(), m, k, packed.data_ptr(), n, alone.data_ptr(), 1)
+
+    def differing(threads: int) -> int:
+        count = 0
+        for _ in range(300):
+            y = torch.full((m, n), float("nan"))
+            library.fb_linear(x.data_ptr(), m, k, packed.data_ptr(), n, y.data_ptr(), threads)
+            count += not torch.equal(y, alone)
+        return count
+
+    with ThreadPoolExecutor(3) as callers:
+        assert list(callers.map(differing, (2, 5, 8))) == [0, 0, 0]
+    library.fb_drain()
 
 
 def test_a_model_that_the_kernels_do_not_know_runs_in_torch_and_says_why(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from flyball.core.errors import FlyballError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+HEADERS = (SOURCE.with_name("team.hpp"),)
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
 BUILD_TIMEOUT_S = 300
 
@@ -47,7 +48,8 @@ def load_kernels() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler was found; install g++")
-    key = hashlib.blake2b("\0".join([SOURCE.read_text(), compiler, *FLAGS, flags]).encode(), digest_size=8).hexdigest()
+    texts = [path.read_text() for path in (SOURCE, *HEADERS)]
+    key = hashlib.blake2b("\0".join([*texts, compiler, *FLAGS, flags]).encode(), digest_size=8).hexdigest()
     library = cache_folder() / f"kernels-{key}.so"
     if not library.exists():
         _build(compiler, library)
@@ -74,12 +76,14 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     library.fb_packed_elements.argtypes = [integer, integer]
     library.fb_packed_elements.restype = integer
-    library.fb_pack.argtypes = [pointer, integer, integer, ctypes.c_int, pointer]
+    library.fb_pack.argtypes = [pointer, integer, integer, ctypes.c_int, pointer, integer]
     library.fb_pack.restype = None
-    library.fb_linear.argtypes = [pointer, integer, integer, pointer, integer, pointer]
+    library.fb_linear.argtypes = [pointer, integer, integer, pointer, integer, pointer, integer]
     library.fb_linear.restype = None
-    library.fb_scratch_bytes.argtypes = [pointer, integer, integer]
+    library.fb_scratch_bytes.argtypes = [pointer, integer, integer, integer]
     library.fb_scratch_bytes.restype = integer
-    library.fb_forward.argtypes = [pointer, pointer, integer]
+    library.fb_forward.argtypes = [pointer, pointer]
     library.fb_forward.restype = None
+    library.fb_drain.argtypes = []
+    library.fb_drain.restype = None
     return library

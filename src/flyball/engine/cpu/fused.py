@@ -42,7 +42,7 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "samples", "table_width")),
+        *((name, ctypes.c_int64) for name in ("tokens", "samples", "table_width", "longest", "threads")),
         *((name, ctypes.c_void_p) for name in ("ids", "positions", "sequence", "tables", "sampled", "logits",
                                                "scratch")),
     )  # fmt: skip
@@ -54,6 +54,7 @@ class FusedModel:
     def __init__(self, model: Any, cache: PagedTensors, positions: int) -> None:  # noqa: ANN401  # untyped library
         check_supported(model)
         self._kernels = load_kernels()
+        self._threads = torch.get_num_threads()
         self._keep: list[Tensor] = []
         config, decoder = model.config, model.model
         layers = (_Layer * len(decoder.layers))()
@@ -76,6 +77,11 @@ class FusedModel:
         self._cache = cache
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
+    def __del__(self) -> None:
+        """Let no thread look at the weights while they go."""
+        if hasattr(self, "_kernels"):
+            self._kernels.fb_drain()
+
     def forward(self, parts: Sequence[Scheduled]) -> Tensor:
         """Compute a step; returns float32 logits [R, V] of the parts that sample, in their order."""
         counts = np.array([part.count for part in parts])
@@ -92,15 +98,16 @@ class FusedModel:
         sampled = (firsts + counts - 1)[[part.samples for part in parts]].astype(np.int32)
         logits = torch.empty((len(sampled), self.vocab), dtype=torch.float32)
         longest = int(positions.max()) + 1
-        needed = self._kernels.fb_scratch_bytes(ctypes.byref(self._model), total, longest)
+        needed = self._kernels.fb_scratch_bytes(ctypes.byref(self._model), total, longest, self._threads)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.uint8)
         step = _Step(
-            tokens=total, samples=len(sampled), table_width=width, ids=ids.ctypes.data,
-            positions=positions.ctypes.data, sequence=sequence.ctypes.data, tables=tables.ctypes.data,
-            sampled=sampled.ctypes.data, logits=logits.data_ptr(), scratch=self._scratch.data_ptr(),
+            tokens=total, samples=len(sampled), table_width=width, longest=longest, threads=self._threads,
+            ids=ids.ctypes.data, positions=positions.ctypes.data, sequence=sequence.ctypes.data,
+            tables=tables.ctypes.data, sampled=sampled.ctypes.data, logits=logits.data_ptr(),
+            scratch=self._scratch.data_ptr(),
         )  # fmt: skip
-        self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step), longest)
+        self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits
 
     def _layer(self, layer: Any, cache: PagedTensors, index: int) -> _Layer:  # noqa: ANN401  # untyped library
@@ -130,7 +137,7 @@ class FusedModel:
         n, k = weight.shape
         out = torch.empty(self._kernels.fb_packed_elements(n, k), dtype=torch.bfloat16)
         source = weight.contiguous()
-        self._kernels.fb_pack(source.data_ptr(), n, k, int(gated), out.data_ptr())
+        self._kernels.fb_pack(source.data_ptr(), n, k, int(gated), out.data_ptr(), self._threads)
         return self._pointer(out)
 
     def _pointer(self, tensor: Tensor) -> int:

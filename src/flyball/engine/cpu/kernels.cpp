@@ -1,13 +1,15 @@
 // One decoder step on the CPU: a Llama-shaped stack in bfloat16, from token ids to logits, in one call.
 //
 // Built by the machine's compiler (see build.py) with -march=native; needs AVX512-BF16. Activations between operators
-// are bfloat16, sums and the residual stream are float32. Threads are OpenMP's, shared with torch's pool.
+// are bfloat16, sums and the residual stream are float32. Threads are a team's (team.hpp): a result never depends on who
+// computed it.
 //
 // Symbols: T tokens of a step, N output and K input features, H query heads, KH key-value heads, G = H / KH, D head size.
 // A packed weight holds panels of 16 output columns: panel[K / 2][16][2] bf16, what one vdpbf16ps multiplies.
 
+#include "team.hpp"
+
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +20,7 @@
 namespace {
 
 using bf16 = uint16_t;
+using flyball::Team;
 
 inline float to_float(bf16 x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -118,40 +121,47 @@ inline void tile_columns(int c, const bf16* x, int64_t ldx, const bf16* w, int64
     }
 }
 
-// x [M, K] bf16 times a packed weight [K, N]. A task is a block of columns, whose weights stay in L2, times a block of
-// rows; within it each four panels meet all rows before the next four, so that a row block is read from L2 as well.
-void linear(const bf16* x, int64_t m, int64_t k, const bf16* w, int64_t n, const Target& to) {
-    if (m == 0) return;
-    constexpr int64_t L2_ELEMENTS = 256 * 1024;  // half a megabyte of weights
-    const int64_t panels = (n + 15) / 16;
-    const int64_t groups = (panels + 3) / 4;
-    const int64_t rows_a_task = m <= 96 ? m : 48;
-    const int64_t row_tasks = (m + rows_a_task - 1) / rows_a_task;
-    const int64_t groups_a_task = m <= 96 ? 1 : std::clamp<int64_t>(L2_ELEMENTS / (64 * k), 1, 8);
-    const int64_t column_tasks = (groups + groups_a_task - 1) / groups_a_task;
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t block = 0; block < column_tasks; ++block) {
-        for (int64_t task = 0; task < row_tasks; ++task) {
-            const int64_t end = std::min(m, (task + 1) * rows_a_task);
-            const int64_t last = std::min(groups, (block + 1) * groups_a_task);
-            for (int64_t group = block * groups_a_task; group < last; ++group) {
-                const int64_t panel = group * 4;
-                const int c = (int)std::min<int64_t>(4, panels - panel);
-                const bf16* weights = w + panel * 16 * k;
-                int64_t row = task * rows_a_task;
-                for (; row + 6 <= end; row += 6) tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row);
-                switch (end - row) {
-                    case 5: tile_columns<5>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                    case 4: tile_columns<4>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                    case 3: tile_columns<3>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                    case 2: tile_columns<2>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                    case 1: tile_columns<1>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
-                    default: break;
-                }
+// x [M, K] bf16 times a packed weight [K, N], in chunks that any thread may take. A chunk is a block of columns, whose
+// weights stay in L2, times a block of rows; within it each four panels meet all rows before the next four, so that a
+// row block is read from L2 as well.
+struct Linear {
+    const bf16* x;
+    int64_t m, k;
+    const bf16* w;
+    int64_t n;
+    Target to;
+
+    static constexpr int64_t L2_ELEMENTS = 256 * 1024;  // half a megabyte of weights
+    int64_t panels() const { return (n + 15) / 16; }
+    int64_t groups() const { return (panels() + 3) / 4; }
+    int64_t rows_a_chunk() const { return m > 96 ? 48 : m >= 24 ? ((m + 1) / 2 + 5) / 6 * 6 : m; }
+    int64_t row_blocks() const { return (m + rows_a_chunk() - 1) / rows_a_chunk(); }
+    int64_t groups_a_chunk() const { return m > 96 ? std::clamp<int64_t>(L2_ELEMENTS / (64 * k), 1, 8) : 1; }
+    int64_t chunks() const {
+        return m == 0 ? 0 : (groups() + groups_a_chunk() - 1) / groups_a_chunk() * row_blocks();
+    }
+
+    void chunk(int64_t i) const {
+        const int64_t block = i / row_blocks(), rows = i % row_blocks() * rows_a_chunk();
+        const int64_t end = std::min(m, rows + rows_a_chunk());
+        const int64_t last = std::min(groups(), (block + 1) * groups_a_chunk());
+        for (int64_t group = block * groups_a_chunk(); group < last; ++group) {
+            const int64_t panel = group * 4;
+            const int c = (int)std::min<int64_t>(4, panels() - panel);
+            const bf16* weights = w + panel * 16 * k;
+            int64_t row = rows;
+            for (; row + 6 <= end; row += 6) tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row);
+            switch (end - row) {
+                case 5: tile_columns<5>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 4: tile_columns<4>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 3: tile_columns<3>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 2: tile_columns<2>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                case 1: tile_columns<1>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
+                default: break;
             }
         }
     }
-}
+};
 
 float mean_square(const float* x, int64_t n) {
     __m512 sum = _mm512_setzero_ps();
@@ -162,15 +172,12 @@ float mean_square(const float* x, int64_t n) {
     return _mm512_reduce_add_ps(sum) / (float)n;
 }
 
-// y = x / rms(x) * weight, x float [T, n], y bf16 [T, n]; n a multiple of 16.
-void rms_norm(const float* x, int64_t t, int64_t n, const float* weight, float eps, bf16* y) {
-#pragma omp parallel for schedule(static) if (t > 4)
-    for (int64_t row = 0; row < t; ++row) {
-        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean_square(x + row * n, n) + eps));
-        for (int64_t i = 0; i < n; i += 16) {
-            const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + row * n + i), scale);
-            store_bf16(y + row * n + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
-        }
+// y = x / rms(x) * weight for one row of n, a multiple of 16; x float, y bf16.
+void rms_norm(const float* x, int64_t n, const float* weight, float eps, bf16* y) {
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(mean_square(x, n) + eps));
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+        store_bf16(y + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
     }
 }
 
@@ -214,63 +221,141 @@ struct FbModel {
 };
 
 struct FbStep {
-    int64_t tokens, samples, table_width;
+    int64_t tokens, samples, table_width, longest, threads;
     const int32_t *ids, *positions, *sequence;      // [T]
     const int32_t* tables;                          // [sequences, table_width]
     const int32_t* sampled;                         // [samples] rows whose logits are wanted
     float* logits;                                  // [samples, vocab]
-    char* scratch;                                  // fb_scratch_bytes(model, step)
+    char* scratch;                                  // fb_scratch_bytes(...)
 };
 
 int64_t fb_packed_elements(int64_t n, int64_t k) { return (n + 15) / 16 * 16 * k; }
 
 // w [N, K] bf16, K even. gated: w is gate over up, each [N / 2, K], and panels alternate between them.
-void fb_pack(const bf16* w, int64_t n, int64_t k, int gated, bf16* out) {
-    const int64_t panels = (n + 15) / 16;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < panels; ++panel) {
+void fb_pack(const bf16* w, int64_t n, int64_t k, int gated, bf16* out, int64_t threads) {
+    const auto pack = [=](int64_t panel) {
         const int64_t first = gated ? (panel / 2) * 16 + (panel % 2) * (n / 2) : panel * 16;
         for (int64_t i = 0; i < k; i += 2)
             for (int64_t c = 0; c < 16; ++c)
                 for (int64_t s = 0; s < 2; ++s)
                     out[(panel * (k / 2) + i / 2) * 32 + c * 2 + s] =
                         !gated && panel * 16 + c >= n ? 0 : w[(first + c) * k + i + s];
-    }
+    };
+    Team::instance().run((int)threads, [=](Team::Walk& team) { team.phase((n + 15) / 16, pack); });
 }
 
 // y [M, N] float = x [M, K] times a packed weight; for tests and for measuring one linear alone.
-void fb_linear(const bf16* x, int64_t m, int64_t k, const bf16* w, int64_t n, float* y) {
-    linear(x, m, k, w, n, Target{STORE_FLOAT, y, n, nullptr});
+void fb_linear(const bf16* x, int64_t m, int64_t k, const bf16* w, int64_t n, float* y, int64_t threads) {
+    const Linear linear{x, m, k, w, n, Target{STORE_FLOAT, y, n, nullptr}};
+    Team::instance().run((int)threads, [=](Team::Walk& team) {
+        team.phase(linear.chunks(), [&](int64_t i) { linear.chunk(i); });
+    });
 }
 
-int64_t fb_scratch_bytes(const FbModel* model, int64_t tokens, int64_t longest) {
-    const int64_t qkv = (model->heads + 2 * model->kv_heads) * model->head_dim;
-    const int64_t group = model->heads / model->kv_heads;
-    return tokens * (model->hidden * 4 + model->hidden * 2 + qkv * 2 + 2 * model->heads * model->head_dim * 2 +
-                     model->intermediate * 2) +
-           (int64_t)omp_get_max_threads() * group * (longest + 64) * 4 + 4096;
-}
+// To be called before what a model points to is freed: a helper that came late may still look at it.
+void fb_drain() { Team::instance().drain(); }
 
-// Attend every token of the step to its own past through the block table; q and out [T, H, D] bf16.
-static void attend(const FbModel* m, const FbLayer* layer, const FbStep* step, const bf16* q, bf16* out, float* scores,
-                   int64_t row_floats) {
-    const int64_t d = m->head_dim, group = m->heads / m->kv_heads, kv = m->kv_heads, size = m->block_size;
-    const int64_t stride = kv * d, lanes = d / 32;
-    const int64_t items = step->tokens * kv;
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t item = 0; item < items; ++item) {
-        const int64_t token = item / kv, head = item % kv;
-        const int64_t last = step->positions[token];
-        const int64_t from = layer->window > 0 ? std::max<int64_t>(0, last - layer->window + 1) : 0;
+}  // extern "C"
+
+namespace {
+
+constexpr int64_t FEW_ROWS = 64;  // up to here every thread norms all rows for itself, which is cheaper than to meet
+constexpr int64_t ROWS = 16;      // rows a chunk where rows are independent
+
+// Where a step's intermediate values lie. Everything a job touches is in here by value, as a late thread may look.
+struct Job {
+    FbModel m;
+    FbStep step;
+    float *residual, *scores;
+    bf16 *normed, *qkv, *q, *seen, *inner;
+    int64_t row_floats;
+    bool alone;  // every sequence has one token in this step
+
+    int64_t group() const { return m.heads / m.kv_heads; }
+    int64_t qkv_width() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
+    bool few(int64_t rows) const { return rows <= FEW_ROWS; }
+
+    // Lay the parts out from `base` on, which may be null to learn their size.
+    int64_t place(char* base) {
+        int64_t used = 0;
+        const auto take = [&](int64_t bytes) {
+            char* here = base ? base + used : nullptr;
+            used += (bytes + 63) & ~63LL;
+            return here;
+        };
+        const int64_t t = step.tokens;
+        row_floats = ((step.longest + 15) & ~15LL) + 16;
+        residual = (float*)take(t * m.hidden * 4);
+        normed = (bf16*)take((few(t) ? t * step.threads : t) * m.hidden * 2);
+        qkv = (bf16*)take(t * qkv_width() * 2);
+        q = (bf16*)take(t * m.heads * m.head_dim * 2);
+        seen = (bf16*)take(t * m.heads * m.head_dim * 2);
+        inner = (bf16*)take(t * m.intermediate * 2);
+        scores = (float*)take(step.threads * group() * row_floats * 4);
+        return used + 64;
+    }
+
+    void embed(int64_t chunk) const {
+        for (int64_t row = chunk * ROWS; row < std::min(step.tokens, (chunk + 1) * ROWS); ++row)
+            for (int64_t i = 0; i < m.hidden; i += 16)
+                _mm512_storeu_ps(residual + row * m.hidden + i,
+                                 load_bf16(m.embedding + (int64_t)step.ids[row] * m.hidden + i));
+    }
+
+    // Norm `rows` rows of the residual stream (those that `which` names) and multiply by a packed weight.
+    void normed_linear(Team::Walk& team, int64_t rows, const int32_t* which, const float* weight, const bf16* w, int64_t n,
+                       const Target& to) const {
+        const auto row = [&](int64_t i, bf16* out) {
+            rms_norm(residual + (which ? which[i] : i) * m.hidden, m.hidden, weight, m.eps, out + i * m.hidden);
+        };
+        bf16* mine = normed + (few(rows) && few(step.tokens) ? team.slot() * step.tokens * m.hidden : 0);
+        const bool own = few(rows) && few(step.tokens);
+        bool ready = !own;
+        if (!own)
+            team.phase((rows + ROWS - 1) / ROWS, [&](int64_t chunk) {
+                for (int64_t i = chunk * ROWS; i < std::min(rows, (chunk + 1) * ROWS); ++i) row(i, mine);
+            });
+        const Linear linear{mine, rows, m.hidden, w, n, to};
+        team.phase(linear.chunks(), [&](int64_t i) {
+            if (!ready)
+                for (int64_t r = 0; r < rows; ++r) row(r, mine);
+            ready = true;
+            linear.chunk(i);
+        });
+    }
+
+    static void plain_linear(Team::Walk& team, const Linear& linear) {
+        team.phase(linear.chunks(), [&](int64_t i) { linear.chunk(i); });
+    }
+
+    const int32_t* table(int64_t row) const { return step.tables + step.sequence[row] * step.table_width; }
+
+    // Rotate a token's key and its queries of one key-value head, and put key and value into the cache.
+    void rope(const FbLayer& layer, int64_t row, int64_t head) const {
+        const int64_t d = m.head_dim, p = step.positions[row];
+        const float *cos = m.cos + p * d, *sin = m.sin + p * d;
+        const bf16* in = qkv + row * qkv_width();
+        const int64_t slot =
+            ((int64_t)table(row)[p / m.block_size] * m.block_size + p % m.block_size) * m.kv_heads * d + head * d;
+        for (int64_t h = head * group(); h < (head + 1) * group(); ++h)
+            rope_head(in + h * d, d, cos, sin, layer.q_norm, m.eps, q + (row * m.heads + h) * d);
+        rope_head(in + (m.heads + head) * d, d, cos, sin, layer.k_norm, m.eps, layer.keys + slot);
+        std::memcpy(layer.values + slot, in + (m.heads + m.kv_heads + head) * d, (size_t)d * sizeof(bf16));
+    }
+
+    // Attend a token, with the queries of one key-value head, to its own past through the block table.
+    void attend(const FbLayer& layer, int64_t token, int64_t head, float* s) const {
+        const int64_t d = m.head_dim, size = m.block_size, stride = m.kv_heads * d, lanes = d / 32;
+        const int64_t last = step.positions[token];
+        const int64_t from = layer.window > 0 ? std::max<int64_t>(0, last - layer.window + 1) : 0;
         const int64_t count = last - from + 1;
-        const int32_t* table = step->tables + step->sequence[token] * step->table_width;
-        float* s = scores + omp_get_thread_num() * group * row_floats;
-        const bf16* queries = q + (token * m->heads + head * group) * d;
-        for (int64_t g0 = 0; g0 < group; g0 += 4) {  // up to four query heads share each key that is read
-            const int64_t heads = std::min<int64_t>(4, group - g0);
+        const int32_t* blocks = table(token);
+        const bf16* queries = q + (token * m.heads + head * group()) * d;
+        for (int64_t g0 = 0; g0 < group(); g0 += 4) {  // up to four query heads share each key that is read
+            const int64_t heads = std::min<int64_t>(4, group() - g0);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t p = from + i;
-                const bf16* key = layer->keys + ((int64_t)table[p / size] * size + p % size) * stride + head * d;
+                const bf16* key = layer.keys + ((int64_t)blocks[p / size] * size + p % size) * stride + head * d;
                 for (int64_t g = 0; g < heads; ++g) {
                     __m512 acc = _mm512_setzero_ps();
                     for (int64_t l = 0; l < lanes; ++l)
@@ -280,26 +365,9 @@ static void attend(const FbModel* m, const FbLayer* layer, const FbStep* step, c
                 }
             }
         }
-        for (int64_t g = 0; g < group; ++g) {
-            float* row = s + g * row_floats;
-            for (int64_t i = count; i < ((count + 15) & ~15LL); ++i) row[i] = -INFINITY;
-            __m512 top = _mm512_set1_ps(-INFINITY);
-            for (int64_t i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(row + i));
-            const __m512 scale = _mm512_set1_ps(m->scaling);
-            const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(top) * m->scaling);
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t i = 0; i < count; i += 16) {
-                const __m512 raw = _mm512_loadu_ps(row + i);
-                const __mmask16 real = _mm512_cmp_ps_mask(raw, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
-                const __m512 e = _mm512_maskz_mov_ps(real, exp512(_mm512_fmsub_ps(raw, scale, shift)));
-                _mm512_storeu_ps(row + i, e);
-                sum = _mm512_add_ps(sum, e);
-            }
-            const float total = _mm512_reduce_add_ps(sum);
-            row[(count + 15) & ~15LL] = 1.0f / total;
-        }
-        for (int64_t g0 = 0; g0 < group; g0 += 2) {
-            const int64_t heads = std::min<int64_t>(2, group - g0);
+        for (int64_t g = 0; g < group(); ++g) softmax(s + g * row_floats, count);
+        for (int64_t g0 = 0; g0 < group(); g0 += 2) {
+            const int64_t heads = std::min<int64_t>(2, group() - g0);
             for (int64_t part = 0; part < d; part += 64) {
                 const int64_t width = std::min<int64_t>(4, (d - part) / 16);
                 __m512 acc[2][4];
@@ -308,7 +376,7 @@ static void attend(const FbModel* m, const FbLayer* layer, const FbStep* step, c
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t p = from + i;
                     const bf16* value =
-                        layer->values + ((int64_t)table[p / size] * size + p % size) * stride + head * d + part;
+                        layer.values + ((int64_t)blocks[p / size] * size + p % size) * stride + head * d + part;
                     __m512 v[4];
                     for (int64_t l = 0; l < width; ++l) v[l] = load_bf16(value + l * 16);
                     for (int64_t g = 0; g < heads; ++g) {
@@ -318,65 +386,86 @@ static void attend(const FbModel* m, const FbLayer* layer, const FbStep* step, c
                 }
                 for (int64_t g = 0; g < heads; ++g) {
                     const __m512 inverse = _mm512_set1_ps(s[(g0 + g) * row_floats + ((count + 15) & ~15LL)]);
-                    bf16* to = out + (token * m->heads + head * group + g0 + g) * d + part;
+                    bf16* to = seen + (token * m.heads + head * group() + g0 + g) * d + part;
                     for (int64_t l = 0; l < width; ++l) store_bf16(to + l * 16, _mm512_mul_ps(acc[g][l], inverse));
                 }
             }
         }
     }
+
+    // Exponentials of scaled scores in place, less the largest; one over their sum goes behind the padded row.
+    void softmax(float* row, int64_t count) const {
+        for (int64_t i = count; i < ((count + 15) & ~15LL); ++i) row[i] = -INFINITY;
+        __m512 top = _mm512_set1_ps(-INFINITY);
+        for (int64_t i = 0; i < count; i += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(row + i));
+        const __m512 scale = _mm512_set1_ps(m.scaling);
+        const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(top) * m.scaling);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < count; i += 16) {
+            const __m512 raw = _mm512_loadu_ps(row + i);
+            const __mmask16 real = _mm512_cmp_ps_mask(raw, _mm512_set1_ps(-INFINITY), _CMP_GT_OQ);
+            const __m512 e = _mm512_maskz_mov_ps(real, exp512(_mm512_fmsub_ps(raw, scale, shift)));
+            _mm512_storeu_ps(row + i, e);
+            sum = _mm512_add_ps(sum, e);
+        }
+        row[(count + 15) & ~15LL] = 1.0f / _mm512_reduce_add_ps(sum);
+    }
+
+    void attention(Team::Walk& team, const FbLayer& layer) const {
+        const int64_t kv = m.kv_heads, items = step.tokens * kv, grain = items > 1024 ? 16 : items > 64 ? 4 : 1;
+        float* s = scores + team.slot() * group() * row_floats;
+        if (!alone)  // a later token of a sequence reads the keys of earlier ones
+            team.phase((step.tokens + ROWS - 1) / ROWS, [&](int64_t chunk) {
+                for (int64_t row = chunk * ROWS; row < std::min(step.tokens, (chunk + 1) * ROWS); ++row)
+                    for (int64_t head = 0; head < kv; ++head) rope(layer, row, head);
+            });
+        team.phase((items + grain - 1) / grain, [&](int64_t chunk) {
+            for (int64_t item = chunk * grain; item < std::min(items, (chunk + 1) * grain); ++item) {
+                if (alone) rope(layer, item / kv, item % kv);
+                attend(layer, item / kv, item % kv, s);
+            }
+        });
+    }
+
+    void operator()(Team::Walk& team) const {
+        const int64_t t = step.tokens, hidden = m.hidden, width = m.heads * m.head_dim;
+        team.phase((t + ROWS - 1) / ROWS, [&](int64_t chunk) { embed(chunk); });
+        for (int64_t l = 0; l < m.layers; ++l) {
+            const FbLayer& layer = m.layer[l];
+            normed_linear(team, t, nullptr, layer.norm_in, layer.qkv, qkv_width(),
+                          Target{STORE, qkv, qkv_width(), layer.qkv_bias});
+            attention(team, layer);
+            plain_linear(team, {seen, t, width, layer.o, hidden, Target{ADD_FLOAT, residual, hidden, layer.o_bias}});
+            normed_linear(team, t, nullptr, layer.norm_post, layer.gate_up, 2 * m.intermediate,
+                          Target{GATED, inner, m.intermediate, nullptr});
+            plain_linear(team, {inner, t, m.intermediate, layer.down, hidden, Target{ADD_FLOAT, residual, hidden, nullptr}});
+        }
+        normed_linear(team, step.samples, step.sampled, m.norm, m.head, m.vocab,
+                      Target{STORE_FLOAT, step.logits, m.vocab, nullptr});
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t fb_scratch_bytes(const FbModel* model, int64_t tokens, int64_t longest, int64_t threads) {
+    Job job{};
+    job.m = *model;
+    job.step.tokens = tokens;
+    job.step.longest = longest;
+    job.step.threads = threads;
+    return job.place(nullptr);
 }
 
-void fb_forward(const FbModel* m, const FbStep* step, int64_t longest) {
-    const int64_t t = step->tokens, hidden = m->hidden, d = m->head_dim, heads = m->heads, kv = m->kv_heads;
-    const int64_t qkv_width = (heads + 2 * kv) * d, size = m->block_size;
-    char* next = (char*)(((uintptr_t)step->scratch + 63) & ~(uintptr_t)63);
-    auto take = [&](int64_t bytes) {
-        char* here = next;
-        next += (bytes + 63) & ~63LL;
-        return here;
-    };
-    float* residual = (float*)take(t * hidden * 4);
-    bf16* normed = (bf16*)take(t * hidden * 2);
-    bf16* qkv = (bf16*)take(t * qkv_width * 2);
-    bf16* q = (bf16*)take(t * heads * d * 2);
-    bf16* seen = (bf16*)take(t * heads * d * 2);
-    bf16* inner = (bf16*)take(t * m->intermediate * 2);
-    const int64_t row_floats = ((longest + 15) & ~15LL) + 16;
-    float* scores = (float*)take((int64_t)omp_get_max_threads() * (heads / kv) * row_floats * 4);
-
-    for (int64_t row = 0; row < t; ++row)
-        for (int64_t i = 0; i < hidden; i += 16)
-            _mm512_storeu_ps(residual + row * hidden + i, load_bf16(m->embedding + (int64_t)step->ids[row] * hidden + i));
-
-    for (int64_t l = 0; l < m->layers; ++l) {
-        const FbLayer* layer = m->layer + l;
-        rms_norm(residual, t, hidden, layer->norm_in, m->eps, normed);
-        linear(normed, t, hidden, layer->qkv, qkv_width, Target{STORE, qkv, qkv_width, layer->qkv_bias});
-#pragma omp parallel for schedule(static) if (t > 4)
-        for (int64_t row = 0; row < t; ++row) {
-            const int64_t p = step->positions[row];
-            const float *cos = m->cos + p * d, *sin = m->sin + p * d;
-            const bf16* in = qkv + row * qkv_width;
-            const int32_t* table = step->tables + step->sequence[row] * step->table_width;
-            const int64_t slot = ((int64_t)table[p / size] * size + p % size) * kv * d;
-            for (int64_t h = 0; h < heads; ++h)
-                rope_head(in + h * d, d, cos, sin, layer->q_norm, m->eps, q + (row * heads + h) * d);
-            for (int64_t h = 0; h < kv; ++h)
-                rope_head(in + (heads + h) * d, d, cos, sin, layer->k_norm, m->eps, layer->keys + slot + h * d);
-            std::memcpy(layer->values + slot, in + (heads + kv) * d, (size_t)(kv * d) * sizeof(bf16));
-        }
-        attend(m, layer, step, q, seen, scores, row_floats);
-        linear(seen, t, heads * d, layer->o, hidden, Target{ADD_FLOAT, residual, hidden, layer->o_bias});
-        rms_norm(residual, t, hidden, layer->norm_post, m->eps, normed);
-        linear(normed, t, hidden, layer->gate_up, 2 * m->intermediate, Target{GATED, inner, m->intermediate, nullptr});
-        linear(inner, t, m->intermediate, layer->down, hidden, Target{ADD_FLOAT, residual, hidden, nullptr});
-    }
-    const int64_t r = step->samples;
-    for (int64_t i = 0; i < r; ++i)  // sampled rows are in order, so each moves to a place already read
-        if (step->sampled[i] != i)
-            std::memmove(residual + i * hidden, residual + step->sampled[i] * hidden, (size_t)hidden * 4);
-    rms_norm(residual, r, hidden, m->norm, m->eps, normed);
-    linear(normed, r, hidden, m->head, m->vocab, Target{STORE_FLOAT, step->logits, m->vocab, nullptr});
+void fb_forward(const FbModel* m, const FbStep* step) {
+    Job job{};
+    job.m = *m;
+    job.step = *step;
+    job.alone = true;
+    for (int64_t row = 1; row < step->tokens; ++row) job.alone &= step->sequence[row] != step->sequence[row - 1];
+    job.place((char*)(((uintptr_t)step->scratch + 63) & ~(uintptr_t)63));
+    Team::instance().run((int)step->threads, job);
 }
 
 }  // extern "C"
