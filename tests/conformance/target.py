@@ -37,14 +37,14 @@ class TargetConformance:
     def test_a_change_acts_and_the_rest_stays(self, target: Target) -> None:
         """Exactly the knobs named change."""
         before = dict(target.configuration())
-        knob = next(knob for knob in target.space() if knob.live)
+        knob = next(iter(target.space()))
         change: Configuration = {knob.name: other_value(knob, before[knob.name])}
         target.apply(change)
         assert dict(target.configuration()) == before | dict(change)
 
     def test_the_generation_names_the_configuration(self, target: Target) -> None:
         """Another configuration has another generation, and coming back brings the first one back."""
-        knob = next(knob for knob in target.space() if knob.live)
+        knob = next(iter(target.space()))
         now = target.configuration()[knob.name]
         first = target.apply({knob.name: now})
         second = target.apply({knob.name: other_value(knob, now)})
@@ -59,7 +59,7 @@ class TargetConformance:
     def test_a_bad_value_leaves_everything_as_it_was(self, target: Target) -> None:
         """A change of several knobs of which one is bad changes none."""
         before = dict(target.configuration())
-        good = next(knob for knob in target.space() if knob.live)
+        good = next(iter(target.space()))
         number = next(knob for knob in target.space() if knob.kind in ("int", "float") and knob.name != good.name)
         assert number.high is not None
         with pytest.raises(InvalidKnob, match=number.name):

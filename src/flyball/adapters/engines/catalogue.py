@@ -120,9 +120,9 @@ class Catalogue:
 
 
 def last_error(log: str) -> str:
-    """The last line that names an error, or the last line."""
+    """The last line that names an error and not only points to another one, or the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b|\berror\b", line)]
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b|\berror\b", line) and "above" not in line]
     return (errors or lines or ["it said nothing"])[-1][:300]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from flyball.adapters.engines.openai import OpenAITarget
 from flyball.adapters.engines.sglang import SglangDialect
 from flyball.adapters.engines.spawned import Dialect, Program, SpawnedTarget, installed_version
 from flyball.adapters.engines.tensorrt_llm import TensorrtLlmDialect
+from flyball.adapters.engines.triton import TritonTarget
 from flyball.core.errors import InvalidInput
 from flyball.core.ports import EngineTarget
 
@@ -71,6 +72,8 @@ def make_target(options: TargetOptions) -> EngineTarget:
         if options.url is None:
             raise InvalidInput("an OpenAI-compatible server is measured where it runs; give its address with --url")
         return OpenAITarget(options.url, model=options.model, api_key=options.api_key)
+    if options.engine == "triton":
+        return _triton(options)
     if options.engine not in _RECIPES:
         raise InvalidInput(f"unknown engine {options.engine!r}; this version tunes {', '.join(NAMES)}")
     return _spawned(options, _RECIPES[options.engine])
@@ -84,6 +87,24 @@ def _flyball(options: TargetOptions) -> EngineTarget:
     return FlyballTarget(options.url, api_key=options.api_key)
 
 
+def _triton(options: TargetOptions) -> EngineTarget:
+    if options.model is None:
+        raise InvalidInput("triton needs a model; give its folder in the model repository with --model")
+    executable = find_program("triton", "tritonserver", options, "run it in NVIDIA's Triton container")
+    return TritonTarget(
+        load("triton"),
+        Program(words=(str(executable),), variables=options.variables, arguments=options.arguments),
+        model=Path(options.model), ready_timeout_s=options.ready_timeout_s, logs=_folder(options.logs),
+    )  # fmt: skip
+
+
+def _folder(path: str | None) -> Path | None:
+    if path is None:
+        return None
+    Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
     if options.model is None:
         raise InvalidInput(f"{options.engine} needs a model to serve; give its folder with --model")
@@ -92,14 +113,11 @@ def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
             f"{options.engine} changes only by a restart, so a server that runs at {options.url} cannot be tuned; "
             "leave --url out to have one started, or measure that one with `flyball bench`"
         )
-    executable = find_program(options.engine, recipe, options.program, options.search_path)
+    executable = find_program(options.engine, recipe.executable, options, recipe.install)
     version = installed_version(executable, recipe.distributions)
     platform = options.platform or ("cpu" if version.endswith("+cpu") else None)
     facts = ModelFacts.read(Path(options.model))
     catalogue = load(options.engine, version=version, platform=platform, facts=facts)
-    logs = None if options.logs is None else Path(options.logs)
-    if logs is not None:
-        logs.mkdir(parents=True, exist_ok=True)
     own = vllm.VARIABLES | (vllm.CPU_VARIABLES if platform == "cpu" else {}) if options.engine == "vllm" else {}
     return SpawnedTarget(
         catalogue,
@@ -110,26 +128,24 @@ def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
         ),
         model=options.model,
         ready_timeout_s=options.ready_timeout_s,
-        logs=logs,
+        logs=_folder(options.logs),
     )  # fmt: skip
 
 
-def find_program(engine: str, recipe: _Recipe, given: str | None, search_path: Sequence[str]) -> Path:
+def find_program(engine: str, name: str, options: TargetOptions, install: str) -> Path:
     """The engine's executable: as given, on PATH, or in one of some virtual environments."""
-    if given is not None:
-        path = Path(given)
-        for candidate in (path, path / "bin" / recipe.executable):
+    if options.program is not None:
+        path = Path(options.program)
+        for candidate in (path, path / "bin" / name):
             if candidate.is_file() and os.access(candidate, os.X_OK):
                 return candidate.absolute()
-        raise InvalidInput(
-            f"{given} is neither the {recipe.executable} executable nor a virtual environment with one; give either"
-        )
-    found = shutil.which(recipe.executable)
-    for folder in search_path:
-        found = found or shutil.which(recipe.executable, path=str(Path(folder) / "bin"))
+        raise InvalidInput(f"{path} is neither the {name} executable nor a virtual environment with one; give either")
+    found = shutil.which(name)
+    for folder in options.search_path:
+        found = found or shutil.which(name, path=str(Path(folder) / "bin"))
     if found is None:
         raise InvalidInput(
-            f"no `{recipe.executable}` is installed here, so {engine} cannot be started; {recipe.install}, or give the "
-            "path of yours with --engine-path"
+            f"no `{name}` is installed here, so {engine} cannot be started; {install}, or give the path of yours with "
+            "--engine-path"
         )
     return Path(found)
