@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from flyball.core.errors import Infeasible
 from flyball.core.fleet import FleetSpec, ServerSpec
 from flyball.planner.plan import plan
 from flyball.planner.problem import build
@@ -77,7 +76,9 @@ def test_order_is_no_matter(sample: Callable[..., FleetSpec]) -> None:
     assert plan(turned, solver="heterogeneous") == plan(spec, solver="heterogeneous")
 
 
-def test_no_time_is_told(sample: Callable[..., FleetSpec]) -> None:
-    """A limit that leaves no time for any solution is an error that says so."""
-    with pytest.raises(Infeasible, match="no plan was found within the time limit"):
-        solver("heterogeneous")(build(sample("large", 128)), time_limit_s=0.0)
+def test_without_time_nothing_is_mixed_and_nothing_proven(sample: Callable[..., FleetSpec]) -> None:
+    """A limit that leaves no time for any mixed plan yields one without, which says that it proves nothing."""
+    found = solver("heterogeneous")(build(sample("large", 128)), time_limit_s=0.0)
+    assert found.bound is None
+    assert sum(c is not None for c in found.chosen) > 20
+    assert not any(c.also for c in found.chosen if c)

@@ -6,7 +6,7 @@ A third party adds one through the entry point group `flyball.solvers`: a name, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Protocol, cast
@@ -14,12 +14,14 @@ from typing import Protocol, cast
 from flyball.core.errors import InvalidInput
 from flyball.planner.problem import Candidate, Choice, Problem
 
+ROUNDING = 1e-9  # of sums of amounts
 _GROUP = "flyball.solvers"
 _BUILT_IN = {
     "unlimited": "flyball.planner.solvers.unlimited:solve",
     "exact": "flyball.planner.solvers.exact:solve",
     "greedy": "flyball.planner.solvers.greedy:solve",
     "heterogeneous": "flyball.planner.solvers.heterogeneous:solve",
+    "approximate": "flyball.planner.solvers.approximate:solve",
 }
 
 
@@ -53,11 +55,30 @@ def solver(name: str) -> Solver:
     return cast("Solver", found[name].load())
 
 
-def no_room(choice: Choice, left: Mapping[str, int]) -> str:
-    """Why a choice came to nothing, with these cards left."""
+def lacking(candidate: Candidate, left: Mapping[str, float]) -> list[str]:
+    """What a candidate takes more of than is left."""
+    return [
+        f"{amount:g} {name} ({left.get(name, 0):g} left)"
+        for name, amount in candidate.uses
+        if amount > left.get(name, 0) + ROUNDING
+    ]
+
+
+def left_after(problem: Problem, taken: Iterable[Candidate]) -> dict[str, float]:
+    """What is left of each limit."""
+    left = dict(problem.capacity)
+    for candidate in taken:
+        for part in (candidate, *candidate.also):
+            for name, amount in part.uses:
+                left[name] = left.get(name, 0) - amount
+    return left
+
+
+def no_room(choice: Choice, left: Mapping[str, float]) -> str:
+    """Why a choice came to nothing, with so much left of each limit."""
     if choice.reason:
         return choice.reason
-    options = [f"{c.cards} {c.type} ({left.get(c.type, 0)} left)" for c in choice.candidates]
+    options = [" and ".join(lacking(c, left)) for c in choice.candidates]
     more = f" or {len(options) - 3} other ways" if len(options) > 3 else ""
     return (
         f"the capacity is too small: it needs {' or '.join(options[:3])}{more}; add accelerators or raise its priority"

@@ -3,12 +3,12 @@
 symbol  meaning
 x_sa    1 if server s runs as candidate a, else 0
 v_sa    its value: cost per hour and the price of moving
-u_sa    cards it takes, of type t(a)
-cap_t   cards of type t
+u_sat   what it takes of limit t: cards of a type, cards of a quota, cost of the budget, power
+cap_t   the limit
 
-Without a shortage: min Σ v_sa x_sa, with Σ_a x_sa = 1 for every s and Σ_{t(a)=t} u_sa x_sa <= cap_t for every t.
+Without a shortage: min Σ v_sa x_sa, with Σ_a x_sa = 1 for every s and Σ_sa u_sat x_sa <= cap_t for every t.
 With one, priorities are kept lexicographically: the most servers of priority 1, then of 2 without losing one of 1, and
-so on; then the least value.
+so on; then the least value. Where the time limit leaves no solution, that of `approximate` is given.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from scipy.sparse import csr_array
 
 from flyball.numerics.markov import Floats, Ints
 from flyball.planner.problem import Candidate, Choice, Problem
-from flyball.planner.solvers import Solution, no_room
-from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum
+from flyball.planner.solvers import Solution, approximate, left_after, no_room
+from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum, OutOfTime
 
 _GAP = 1e-6  # relative, at which an optimum counts as proven
 
@@ -39,6 +39,13 @@ class _Columns:
 
 def solve(problem: Problem, *, time_limit_s: float) -> Solution:
     """The least value within the time limit, all programs together: one, unless capacity is short."""
+    try:
+        return _solve(problem, time_limit_s)
+    except OutOfTime:
+        return approximate.solve(problem, time_limit_s=time_limit_s * approximate.SHARE_AFTER_OTHERS)
+
+
+def _solve(problem: Problem, time_limit_s: float) -> Solution:
     choices = sorted((c for c in problem.choices if c.candidates), key=lambda c: c.server.name)
     taken: dict[str, Candidate] = {}
     bound = 0.0
@@ -48,9 +55,7 @@ def solve(problem: Problem, *, time_limit_s: float) -> Solution:
         optimum = program.minimise(columns.value) or _by_priority(columns, program)
         taken = {choices[columns.server[j]].server.name: columns.candidates[j] for j in np.flatnonzero(optimum.amounts)}
         bound = optimum.bound
-    left = dict(problem.capacity)
-    for candidate in taken.values():
-        left[candidate.type] = left.get(candidate.type, 0) - candidate.cards
+    left = left_after(problem, taken.values())
     chosen = tuple(taken.get(choice.server.name) for choice in problem.choices)
     reasons = tuple("" if got else no_room(choice, left) for choice, got in zip(problem.choices, chosen, strict=True))
     return Solution(chosen=chosen, reasons=reasons, bound=bound)
@@ -66,21 +71,21 @@ def _columns(choices: Sequence[Choice]) -> _Columns:
     )
 
 
-def _program(columns: _Columns, capacity: Mapping[str, int], budget: Budget) -> IntegerProgram:
-    """Everybody served, within the capacity: first a row a server, then one a type of card."""
-    candidates, servers = columns.candidates, len(columns.priority)
-    types = sorted({c.type for c in candidates if c.cards})
-    row_of = {name: servers + row for row, name in enumerate(types)}
-    using = [column for column, c in enumerate(candidates) if c.cards]
-    entries = np.concatenate((np.ones(len(candidates)), [float(candidates[j].cards) for j in using]))
-    at = np.concatenate((columns.server, np.array([row_of[candidates[j].type] for j in using], dtype=np.int64)))
-    across = np.concatenate((np.arange(len(candidates)), np.array(using, dtype=np.int64)))
+def _program(columns: _Columns, capacity: Mapping[str, float], budget: Budget) -> IntegerProgram:
+    """Everybody served, within the capacity: first a row a server, then one a limit."""
+    servers, count = len(columns.priority), len(columns.candidates)
+    uses = [(j, name, amount) for j, c in enumerate(columns.candidates) for name, amount in c.uses]
+    limited = sorted({name for _, name, _ in uses})
+    row_of = {name: servers + row for row, name in enumerate(limited)}
+    entries = np.concatenate((np.ones(count), [amount for _, _, amount in uses]))
+    at = np.concatenate((columns.server, np.array([row_of[name] for _, name, _ in uses], dtype=np.int64)))
+    across = np.concatenate((np.arange(count), np.array([j for j, _, _ in uses], dtype=np.int64)))
     return IntegerProgram(
-        rows=csr_array((entries, (at, across)), shape=(servers + len(types), len(candidates))),
-        low=np.concatenate((np.ones(servers), np.zeros(len(types)))),
-        high=np.concatenate((np.ones(servers), [float(capacity.get(name, 0)) for name in types])),
-        least=np.zeros(len(candidates)),
-        most=np.ones(len(candidates)),
+        rows=csr_array((entries, (at, across)), shape=(servers + len(limited), count)),
+        low=np.concatenate((np.ones(servers), np.full(len(limited), -np.inf))),
+        high=np.concatenate((np.ones(servers), [capacity.get(name, 0) for name in limited])),
+        least=np.zeros(count),
+        most=np.ones(count),
         budget=budget,
         gap=_GAP,
         sift=True,

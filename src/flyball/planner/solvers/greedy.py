@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from flyball.planner.problem import Candidate, Choice, Problem, with_replicas
-from flyball.planner.solvers import Solution, no_room
+from flyball.planner.solvers import ROUNDING, Solution, lacking, no_room
 
 
 @dataclass(slots=True)
@@ -48,17 +48,23 @@ class _Entry:
 class _State:
     """What is left, and who has what."""
 
-    left: dict[str, int]
+    left: dict[str, float]
     taken: dict[str, Candidate] = field(default_factory=dict)
 
     def take(self, choice: Choice, candidate: Candidate) -> None:
         self.taken[choice.server.name] = candidate
-        if candidate.cards:
-            self.left[candidate.type] -= candidate.cards
+        self.use(candidate, 1.0)
+
+    def use(self, candidate: Candidate, share: float) -> None:
+        """Take a share of what the candidate uses."""
+        for name, amount in candidate.uses:
+            self.left[name] -= amount * share
 
     def fitting(self, candidate: Candidate) -> int:
         """Replicas of the candidate that there is room for, at most its own."""
-        return min(self.left.get(candidate.type, 0) // candidate.cards_each, candidate.allocation.replicas)
+        most = candidate.allocation.replicas
+        rooms = ((self.left.get(name, 0) + ROUNDING) * most / amount for name, amount in candidate.uses if amount)
+        return max(int(min((*rooms, most))), 0)
 
 
 def solve(problem: Problem, *, time_limit_s: float) -> Solution:  # noqa: ARG001 - it needs no time
@@ -89,7 +95,7 @@ def _allocate(choices: Sequence[Choice], state: _State) -> list[Choice]:
     unserved = []
     while queue:
         entry = queue.pop(0)
-        if entry.candidate.cards <= state.left.get(entry.candidate.type, 0) or not entry.candidate.cards:
+        if not lacking(entry.candidate, state.left):
             state.take(entry.choice, entry.candidate)
         elif entry.at + 1 < len(entry.choice.candidates):
             entry.at += 1
@@ -129,7 +135,7 @@ def _round_robin(choices: Sequence[Choice], state: _State) -> None:
         )  # fmt: skip
         if candidate is None or not state.fitting(candidate):
             continue
-        state.left[candidate.type] -= candidate.cards_each
+        state.use(candidate, 1 / candidate.allocation.replicas)
         counts[name] = (choice, candidate, count + 1)
         if count + 1 < candidate.allocation.replicas:
             turns.append(choice)

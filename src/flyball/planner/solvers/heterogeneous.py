@@ -3,13 +3,14 @@
 symbol  meaning
 n_sa    replicas of server s run as candidate a, a whole number
 y_s     1 if server s is served, else 0
-r_sa    requests/s that one replica takes within the targets; d_s what the server must take; m_s its fewest replicas
-v_sa    value of a replica: its cost per hour, and a tenth more where the server does not run at present
-u_sa    cards of one replica, of type t(a); cap_t cards of type t
+r_sa    requests/s that one replica takes within the targets; d_s what the server must take
+m_s     its fewest replicas, M_s its most
+v_sa    value of a replica: its cost per hour, a tenth more where the server does not run at present, its surcharge
+u_sat   what one replica takes of limit t (cards of a type or a quota, cost of the budget, power); cap_t the limit
 
-min Σ v_sa n_sa, with Σ_a r_sa n_sa >= d_s y_s and Σ_a n_sa >= m_s y_s for every s, Σ_{t(a)=t} u_sa n_sa <= cap_t for
-every t, and y = 1. If that cannot be, priorities are kept lexicographically, as `exact` keeps them. A server's load is
-split in proportion to r, so every replica keeps the targets.
+min Σ v_sa n_sa, with Σ_a r_sa n_sa >= d_s y_s and M_s >= Σ_a n_sa >= m_s y_s for every s, Σ_sa u_sat n_sa <= cap_t
+for every t, and y = 1. If that cannot be, priorities are kept lexicographically, as `exact` keeps them. A server's
+load is split in proportion to r, so every replica keeps the targets.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from scipy.sparse import csr_array
 
 from flyball.numerics.markov import Floats, Ints
 from flyball.planner.problem import MOVE_PENALTY, Candidate, Choice, Problem, with_replicas
-from flyball.planner.solvers import Solution, no_room
-from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum
+from flyball.planner.solvers import Solution, approximate, left_after, no_room
+from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum, OutOfTime
 
 _GAP = 1e-4  # relative, at which an optimum counts as proven
 _SLACK = 1e-9  # relative, of a demand: a rate that is a ratio of it must meet it after rounding
@@ -52,26 +53,30 @@ class _Columns:
             np.array([_value(choices[s], c) for s, c in zip(server.tolist(), candidates, strict=True)]),
         )
 
-    def program(self, capacity: Mapping[str, int], budget: Budget) -> IntegerProgram:
-        """Columns n, then y; rows: a demand and a least number a server, cards a type."""
+    def program(self, capacity: Mapping[str, float], budget: Budget) -> IntegerProgram:
+        """Columns n, then y; rows: for each server a demand, its fewest and its most replicas; then one a limit."""
         servers, columns = len(self.choices), len(self.candidates)
-        types = sorted({c.type for c in self.candidates})
-        row_of = {name: 2 * servers + row for row, name in enumerate(types)}
+        uses = [
+            (j, name, amount / c.allocation.replicas) for j, c in enumerate(self.candidates) for name, amount in c.uses
+        ]
+        limited = sorted({name for _, name, _ in uses})
+        row_of = {name: 3 * servers + row for row, name in enumerate(limited)}
         n, y = np.arange(columns), columns + np.arange(servers)
         demand = np.array([_demand(choice) * (1 - _SLACK) for choice in self.choices])
         least = np.array([max(choice.server.min_replicas, 1) for choice in self.choices], dtype=np.float64)
-        cards = np.array([c.cards_each for c in self.candidates], dtype=np.float64)
-        entries = np.concatenate((self.rate, -demand, np.ones(columns), -least, cards))
+        most = np.array([choice.server.max_replicas or np.inf for choice in self.choices])
+        each = np.array([amount for _, _, amount in uses])
+        entries = np.concatenate((self.rate, -demand, np.ones(columns), -least, np.ones(columns), each))
         at = np.concatenate((
             self.server, np.arange(servers), servers + self.server, servers + np.arange(servers),
-            np.array([row_of[c.type] for c in self.candidates], dtype=np.int64),
+            2 * servers + self.server, np.array([row_of[name] for _, name, _ in uses], dtype=np.int64),
         ))  # fmt: skip
-        across = np.concatenate((n, y, n, y, n))
-        rows = csr_array((entries, (at, across)), shape=(2 * servers + len(types), columns + servers))
+        across = np.concatenate((n, y, n, y, n, np.array([j for j, _, _ in uses], dtype=np.int64)))
+        rows = csr_array((entries, (at, across)), shape=(3 * servers + len(limited), columns + servers))
         return IntegerProgram(
             rows=rows,
-            low=np.concatenate((np.zeros(2 * servers), np.full(len(types), -np.inf))),
-            high=np.concatenate((np.full(2 * servers, np.inf), [float(capacity.get(name, 0)) for name in types])),
+            low=np.concatenate((np.zeros(2 * servers), np.full(servers + len(limited), -np.inf))),
+            high=np.concatenate((np.full(2 * servers, np.inf), most, [capacity.get(name, 0) for name in limited])),
             least=np.concatenate((np.zeros(columns), np.ones(servers))),
             most=np.concatenate((
                 [float(max(c.allocation.replicas, self.choices[s].server.min_replicas))
@@ -92,11 +97,19 @@ def _demand(choice: Choice) -> float:
 def _value(choice: Choice, candidate: Candidate) -> float:
     a = candidate.allocation
     moves = a.accelerator != choice.server.current.accelerator
-    return a.cost_per_h / a.replicas * (1 + MOVE_PENALTY * moves)
+    return (a.cost_per_h * (1 + MOVE_PENALTY * moves) + candidate.surcharge) / a.replicas
 
 
 def solve(problem: Problem, *, time_limit_s: float) -> Solution:
-    """The least value within the time limit, all programs together."""
+    """The least value within the time limit, all programs together; if it leaves none, a plan without mixing."""
+    try:
+        return _solve(problem, time_limit_s)
+    except OutOfTime:
+        whole = approximate.solve(problem, time_limit_s=time_limit_s * approximate.SHARE_AFTER_OTHERS)
+        return replace(whole, bound=None)  # a mixed plan may be better than its bound
+
+
+def _solve(problem: Problem, time_limit_s: float) -> Solution:
     able = sorted((c for c in problem.choices if c.candidates), key=lambda c: c.server.name)
     idle = {c.server.name: c.candidates[0] for c in able if not c.candidates[0].allocation.replicas}
     columns = _Columns.of([c for c in able if c.server.name not in idle])
@@ -107,10 +120,7 @@ def solve(problem: Problem, *, time_limit_s: float) -> Solution:
         optimum = program.minimise(cost) or _by_priority(columns, program, cost)
         taken |= _taken(columns, optimum)
         bound = optimum.bound
-    left = dict(problem.capacity)
-    for mixed in taken.values():
-        for part in (mixed, *mixed.also):
-            left[part.type] = left.get(part.type, 0) - part.cards
+    left = left_after(problem, taken.values())
     chosen = tuple(taken.get(choice.server.name) for choice in problem.choices)
     reasons = tuple("" if got else no_room(choice, left) for choice, got in zip(problem.choices, chosen, strict=True))
     return Solution(chosen=chosen, reasons=reasons, bound=bound + sum(c.value for c in idle.values()))

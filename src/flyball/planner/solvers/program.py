@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 
-from flyball.core.errors import Infeasible
 from flyball.numerics.markov import Floats, Ints
 
 _SIFTED_FROM = 2000  # columns; smaller programs are solved as they are
 _CORE = 2  # columns a row that the core has at first
 _ROUNDING = 1e-7  # relative, of costs and reduced costs
+
+
+class OutOfTime(Exception):  # caught by the solvers, never shown
+    """The budget ran out before any solution was found."""
 
 
 class Optimum(NamedTuple):
@@ -67,7 +70,7 @@ class IntegerProgram:
         return replace(self, rows=rows, low=np.append(self.low, at_least), high=np.append(self.high, np.inf))
 
     def minimise(self, cost: Floats) -> Optimum | None:
-        """The best amounts found within the budget; None if there are none at all."""
+        """The best amounts found within the budget (or OutOfTime); None if there are none at all."""
         found = self._sifted(cost) if self.sift and len(cost) >= _SIFTED_FROM else self._run(cost)
         return None if found is None else Optimum(np.rint(found.amounts).astype(np.int64), found.cost, found.bound)
 
@@ -114,8 +117,9 @@ class IntegerProgram:
         if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
             return None
         info = highs.getInfo()
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-            raise Infeasible("no plan was found within the time limit; allow more time, or use the solver greedy")
+        found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+        if not found or not (integral or highs.getModelStatus() == highspy.HighsModelStatus.kOptimal):
+            raise OutOfTime
         solution = highs.getSolution()
         amounts, reduced = np.asarray(solution.col_value), np.asarray(solution.col_dual)
         bound = info.mip_dual_bound if integral else info.objective_function_value
