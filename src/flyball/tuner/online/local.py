@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flyball.tuner.online.cube import Cube, Matrix, Vector, low_discrepancy
-from flyball.tuner.online.points import Points, Seen
+from flyball.tuner.online.points import Points, Seen, Suggestion, among
 
 FIRST_RADIUS = 0.35
 LEAST_RADIUS = 1e-4
@@ -41,14 +41,7 @@ _LOOK = (6, 64)  # asks from one look around to the next once settled: at first,
 _EXPLAINED = 0.9  # share of variance that one quadratic must explain for hops to be of no use
 
 
-class Suggestion(NamedTuple):
-    """A point to measure, and why."""
-
-    u: Vector
-    why: str
-
-
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What the model expected of a point."""
 
     u: Vector
@@ -56,7 +49,7 @@ class _Step(NamedTuple):
     length: float
 
 
-class _Hop(NamedTuple):
+class Hop(NamedTuple):
     """An excursion to another region."""
 
     tick: int  # of its beginning
@@ -83,15 +76,17 @@ class Local:
         self.radius = FIRST_RADIUS
         self.settled = False
         self._best: int | None = None
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._looks = _LOOK[0]
         self._since_look = 0
         self._check = False
         self._surprises = 0
+        self._suspected: int | None = None
+        self._suspected_cliff = False
         self._replicated = False
         self._fill_next = False
         self._doubted = False
-        self._hop_from: _Hop | None = None
+        self._hop_from: Hop | None = None
         self._hops = 0
         self._hops_failed = 0
         self._quiet = 0  # asks until the next hop may begin
@@ -106,7 +101,7 @@ class Local:
         if best is None:
             return Suggestion(self._random(pending), "nothing was measured yet")
         known = self.points.u[best]
-        if self._due_again(best) and not _among(known, pending):
+        if self._due_again(best) and not among(known, pending):
             self._check = False
             return Suggestion(known.copy(), "the incumbent again")
         if self.settled:
@@ -141,19 +136,19 @@ class Local:
         if self._quiet <= 0 and self._worth_hopping():
             self._begin_hop(known)
             return Suggestion(self._design.popleft(), "another region, as one quadratic does not explain this one")
-        if self._since_look < self._looks and not _among(known, pending):
+        if self._since_look < self._looks and not among(known, pending):
             return Suggestion(known.copy(), "the incumbent, settled")
         if self._since_look >= self._looks:
             self._since_look, self._looks = 0, min(int(self._looks * 1.5) + 1, _LOOK[1])
         reach = 0.02 * 4.0 ** self._rng.random()
         around = self._around(known, reach)
-        allowed = self._apart(around, pending, 0.0) & self._safe(around)
+        allowed = self._apart(around, pending, 0.0) & self._safe(around, 0.5)
         if not allowed.any():
             return Suggestion(
-                self._random(pending) if _among(known, pending) else known.copy(), "the incumbent, settled"
+                self._random(pending) if among(known, pending) else known.copy(), "the incumbent, settled"
             )
         chosen = around[int(allowed.argmax())]
-        self._steps.append(_Step(chosen, 0.0, reach))
+        self._steps.append(Step(chosen, 0.0, reach))
         return Suggestion(chosen, "a look around the incumbent")
 
     def _model_step(self, center: int, pending: Matrix) -> Suggestion:
@@ -178,7 +173,7 @@ class Local:
                 if filling is not None:
                     return filling
             if promising:
-                step = _Step(around[chosen], float(gains[chosen]), float(np.sqrt((away[chosen] ** 2).sum())))
+                step = Step(around[chosen], float(gains[chosen]), float(np.sqrt((away[chosen] ** 2).sum())))
                 self._steps.append(step)
                 return Suggestion(step.u, f"the model's minimum within {self.radius:.3g}")
             self.radius *= 0.5
@@ -201,7 +196,7 @@ class Local:
         rows = self.points.u[: self.points.n]
         gaps = ((around[:, None, :] - rows) ** 2).sum(axis=2).min(axis=1)
         chosen = around[int(np.where(allowed, gaps, -1.0).argmax())]
-        self._steps.append(_Step(chosen, 0.0, self.radius))
+        self._steps.append(Step(chosen, 0.0, self.radius))
         return Suggestion(chosen, "a point that the model lacks")
 
     def _settle(self, pending: Matrix) -> Suggestion:
@@ -233,18 +228,15 @@ class Local:
         gaps = np.abs(around[:, None, :] - rows).max(axis=2).min(axis=1)
         return np.asarray(gaps > max(least, 1e-12))
 
-    def _safe(
-        self, around: Matrix, bad: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None
-    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Which candidates are nearer to a good row than to a bad one."""
+    def _safe(self, around: Matrix, nearer: float = 1.0) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which candidates are nearer to a good row than to a bad one, by a factor."""
         points = self.points
-        if bad is None:
-            bad = ~points.feasible()
-            bad |= _cliff(points.y[: points.n, 0], bad)
+        bad = ~points.feasible()
+        bad |= _cliff(points.y[: points.n, 0], bad)
         if not bad.any() or bad.all():
             return np.ones(len(around), dtype=bool)
         gaps = ((around[:, None, :] - points.u[: points.n]) ** 2).sum(axis=2)
-        return np.asarray(gaps[:, ~bad].min(axis=1) <= gaps[:, bad].min(axis=1))
+        return np.asarray(gaps[:, ~bad].min(axis=1) <= nearer**2 * gaps[:, bad].min(axis=1))
 
     # -- tell ---------------------------------------------------------------------------------------------------------
 
@@ -252,11 +244,15 @@ class Local:
         """One measurement, asked for or not."""
         points = self.points
         before, at = self._best, points.find(seen.u)
-        if at is not None and at == before and not seen.failed and self._world_changed(at, seen):
-            points.y[at, 0] = seen.cost
-            points.y[at, 1:] = seen.margins
-            self.forget(at)
+        if at is not None and at == before and not seen.failed and points.changed(at, seen):
+            self._suspect(at, seen)
             return
+        if at is not None and at == self._suspected:
+            self._suspected = None
+            if self._suspected_cliff:  # once far above what it is now: too close to a cliff
+                points.failed[at] = True
+                self._best = points.best()
+                return
         center = None if before is None else self._center(before)
         was = float(points.y[center, 0]) if center is not None else np.inf
         row = points.add(seen, before)
@@ -270,17 +266,21 @@ class Local:
         if self._hop_from is not None and points.tick > self._hop_from.until:
             self._end_hop()
 
-    def _world_changed(self, row: int, seen: Seen) -> bool:
-        """Whether the incumbent, measured again, is not what it was: the world has changed."""
+    def _suspect(self, row: int, seen: Seen) -> None:
+        """The incumbent is not what it was: measured twice, the world has changed; once may be chance."""
         points = self.points
-        off = abs(seen.cost - float(points.y[row, 0]))
-        usual = points.y[: points.n, 0][~points.failed[: points.n]]
-        spread = float(np.percentile(usual, 75) - np.percentile(usual, 25)) if len(usual) > 3 else np.inf
-        if points.pairs >= 3:
-            return off > 6.0 * np.sqrt(points.noise * (1.0 + 1.0 / points.count[row])) + 0.02 * spread
-        return off > 0.5 * spread
+        if self._suspected != row:
+            usual = points.y[: points.n, 0][points.feasible()]
+            spread = float(np.percentile(usual, 75) - np.percentile(usual, 25)) if len(usual) > 3 else np.inf
+            self._suspected_cliff = seen.cost - float(points.y[row, 0]) > 6.0 * spread
+            self._suspected, self._check = row, True
+            points.tick += 1
+            points.age[row] = points.tick
+            return
+        points.y[row] = (seen.cost, *seen.margins)
+        self.forget(row)
 
-    def _judge(self, step: _Step, seen: Seen, was: float, *, moved: bool) -> None:
+    def _judge(self, step: Step, seen: Seen, was: float, *, moved: bool) -> None:
         if moved:
             self._surprises = 0
             if self.settled:
@@ -305,7 +305,7 @@ class Local:
     def _stale(self, row: int, ticks: int) -> bool:
         return bool(self.points.tick - self.points.age[row] >= ticks)
 
-    def _take_step(self, u: Vector) -> _Step | None:
+    def _take_step(self, u: Vector) -> Step | None:
         for i, step in enumerate(self._steps):
             if (step.u == u).all():
                 return self._steps.pop(i)
@@ -319,6 +319,7 @@ class Local:
         row = self._best if row is None else row
         self._steps.clear()
         self._design.clear()
+        self._suspected = None
         self._hop_from, self._hops, self._doubted, self._fill_next = None, 0, False, False
         self.settled, self.radius, self._looks = False, FIRST_RADIUS, _LOOK[0]
         self._replicated, self._check, self._surprises, self._hops_failed, self._quiet = False, False, 0, 0, 0
@@ -345,8 +346,8 @@ class Local:
         points = self.points
         good = points.feasible()
         good &= ~_cliff(points.y[: points.n, 0], ~good)
-        if good.sum() < self._p + 4 or points.noise > 0:
-            return False
+        if good.sum() < self._p + 4 or points.noise > 0 or (~good).sum() >= 2:
+            return False  # too little is known, or leaving could break promises
         u, y = points.u[: points.n][good] - 0.5, points.y[: points.n, 0][good]
         terms = np.column_stack([np.ones(len(u)), u, u[:, self._i] * u[:, self._j]])
         basis, _ = np.linalg.qr(terms)
@@ -365,7 +366,7 @@ class Local:
             aim = u[np.argsort(self._trend(u))[:_CANDIDATES]]
         safe = self._safe(aim) & self._apart(aim, np.empty((0, d)), 0.05)
         center = aim[int(safe.argmax())]
-        self._hop_from = _Hop(points.tick, points.tick + 8 * d, center, float(points.y[self._best, 0]))
+        self._hop_from = Hop(points.tick, points.tick + 8 * d, center, float(points.y[self._best, 0]))
         self._hops += 1
         spread = low_discrepancy(0, d + 1, d, self._rng.random(d)) - 0.5
         self._design.extend([center, *self._cube.snap(center + _HOP_REACH * spread)])
@@ -412,7 +413,7 @@ class _Model:
         weights[cliff] = 0.0
         self._h = float(np.sqrt(reach))
         self._s = away / self._h
-        self._margins = y[best, 1:].copy()
+        self._margins = points.margins()[best].copy() if points.constraints else np.empty(0)
         terms = self._terms(self._s)
         weighted = terms.T * weights
         system = weighted @ terms
@@ -513,7 +514,7 @@ class _Model:
 
 def broken_now(points: Points, row: int) -> float:
     """The sum of a row's broken margins."""
-    return float(np.maximum(points.y[row, 1:], 0.0).sum())
+    return float(np.maximum(points.margins()[row], 0.0).sum()) if points.constraints else 0.0
 
 
 def _cliff(
@@ -530,7 +531,3 @@ def _cliff(
         return above
     np.greater(cost, usual[k], out=above)
     return above & ~ignored
-
-
-def _among(u: Vector, pending: Matrix) -> bool:
-    return bool(len(pending)) and bool((pending == u).all(axis=1).any())

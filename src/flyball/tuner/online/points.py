@@ -13,6 +13,7 @@ import numpy as np
 
 from flyball.tuner.online.cube import Matrix, Vector
 
+SURE = 1.65  # standard deviations that a margin keeps: 95 measurements in 100 then keep the promise
 REPEATS = 12  # measurements that a row's mean remembers: older ones fade, so that a slow drift is followed
 
 
@@ -23,6 +24,18 @@ class Seen(NamedTuple):
     cost: float  # finite, unless it failed
     margins: tuple[float, ...] = ()
     failed: bool = False
+
+
+class Suggestion(NamedTuple):
+    """A point to measure, and why."""
+
+    u: Vector
+    why: str
+
+
+def among(u: Vector, pending: Matrix) -> bool:
+    """Whether a point is one of those that are being measured."""
+    return bool(len(pending)) and bool((pending == u).all(axis=1).any())
 
 
 @dataclass
@@ -41,7 +54,7 @@ class Points:
         self.failed = np.zeros(self.room, dtype=bool)
         self.age = np.zeros(self.room)  # the tick of the last measurement
         self.tick = 0
-        self.noise = 0.0  # variance of one measurement of the cost
+        self.variance = np.zeros(1 + self.constraints)  # of one measurement of the cost and of each margin
         self.pairs = 0  # repeated measurements that it rests on
 
     def find(self, u: Vector) -> int | None:
@@ -72,13 +85,11 @@ class Points:
 
     def _repeat(self, i: int, seen: Seen) -> None:
         count = min(self.count[i] + 1, REPEATS)
-        delta = seen.cost - self.y[i, 0]
-        spread = delta * delta * (count - 1) / count  # its expectation is the variance of one measurement
+        delta = np.array((seen.cost, *seen.margins)) - self.y[i]
         self.pairs = min(self.pairs + 1, 4 * REPEATS)
-        self.noise += (spread - self.noise) / self.pairs
-        self.y[i, 0] += delta / count
-        if self.constraints:
-            self.y[i, 1:] += (np.asarray(seen.margins) - self.y[i, 1:]) / count
+        spread = delta * delta * ((count - 1) / count)  # its expectation is the variance of one measurement
+        self.variance += (spread - self.variance) / self.pairs
+        self.y[i] += delta / count
         self.count[i] = count
         self.age[i] = self.tick
 
@@ -88,11 +99,23 @@ class Points:
             ages[keep] = np.inf
         return int(ages.argmin())
 
+    @property
+    def noise(self) -> float:
+        """Variance of one measurement of the cost."""
+        return float(self.variance[0])
+
+    def margins(self) -> Matrix:
+        """The margins that one more measurement of each row would probably not exceed."""
+        seen = self.y[: self.n, 1:]
+        if not self.pairs:
+            return seen
+        return np.asarray(seen + SURE * np.sqrt(self.variance[1:] * (1.0 + 1.0 / self.count[: self.n, None])))
+
     def feasible(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which rows were measured and kept every promise."""
         good = ~self.failed[: self.n]
         if self.constraints:
-            good &= (self.y[: self.n, 1:] <= 0).all(axis=1)
+            good &= (self.margins() <= 0).all(axis=1)
         return good
 
     def best(self) -> int | None:
@@ -102,7 +125,7 @@ class Points:
         if not n or self.failed[:n].all():
             return None
         if self.constraints:
-            broken = np.where(self.failed[:n], np.inf, np.maximum(self.y[:n, 1:], 0.0).sum(axis=1))
+            broken = np.where(self.failed[:n], np.inf, np.maximum(self.margins(), 0.0).sum(axis=1))
             least = broken.min()
             cost = np.where(broken > least, np.inf, self.y[:n, 0])
         else:
@@ -110,6 +133,15 @@ class Points:
         if self.noise > 0:
             cost = cost + np.sqrt(self.noise / self.count[:n])
         return int(cost.argmin())
+
+    def changed(self, row: int, seen: Seen) -> bool:
+        """Whether a point, measured again, is not what it was: beyond its noise, or by half of the usual spread."""
+        off = abs(seen.cost - float(self.y[row, 0]))
+        usual = self.y[: self.n, 0][~self.failed[: self.n]]
+        spread = float(np.percentile(usual, 75) - np.percentile(usual, 25)) if len(usual) > 3 else np.inf
+        if self.pairs >= 3:
+            return off > 6.0 * np.sqrt(self.noise * (1.0 + 1.0 / self.count[row])) + 0.02 * spread
+        return off > 0.5 * spread
 
     def keep_only(self, i: int) -> None:
         """Forget all rows but one, and its repeats."""
