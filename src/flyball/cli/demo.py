@@ -55,7 +55,8 @@ def run(
     require("plan", "scipy")
     from rich.console import Console
 
-    from flyball.cli.tune import ended_by_signals, own_server
+    from flyball.cli.tune import ended_by_signals
+    from flyball.cli.tune_target import own_server
 
     console = Console(highlight=False, soft_wrap=True)
     out.mkdir(parents=True, exist_ok=True)

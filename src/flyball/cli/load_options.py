@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Trace = Annotated[str, typer.Option(help="azure-conv, azure-code (both bundled), or a CSV or JSONL file.")]
+Trace = Annotated[
+    str, typer.Option("--trace", "--workload", help="azure-conv, azure-code (both bundled), or a CSV or JSONL file.")
+]
 Rate = Annotated[
     float | None, typer.Option(help="Poisson arrivals a second with the trace's lengths; default: its timing.")
 ]
@@ -36,4 +39,19 @@ VocabSize = Annotated[
 Extensions = Annotated[
     bool, typer.Option(help="Ask for ignore_eos and return_token_ids, which OpenAI's own API refuses.")
 ]
+EnginePath = Annotated[
+    str | None, typer.Option(help="The engine's executable, or the virtual environment that holds it.")
+]
+EngineArg = Annotated[
+    list[str] | None,
+    typer.Option(help="Added to the engine's command line, as --flag=value; may be given several times."),
+]
+EngineEnv = Annotated[
+    list[str] | None, typer.Option(help="NAME=VALUE, added to the engine's environment; may be given several times.")
+]
+EngineLogs = Annotated[Path | None, typer.Option(help="Folder that keeps the engine's output.")]
+Platform = Annotated[
+    str | None, typer.Option(help="cpu, gpu, gpu-70gb, ...: whose defaults hold; default: as the engine is installed.")
+]
+ReadyTimeout = Annotated[float, typer.Option(help="Seconds for the engine to become ready.", min=1.0)]
 ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token.")]

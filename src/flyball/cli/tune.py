@@ -16,22 +16,20 @@ from flyball.cli import load_options as opt
 if TYPE_CHECKING:
     from types import FrameType
 
-    from rich.console import Console
-
-    from flyball.adapters.engines.flyball_http import FlyballTarget
     from flyball.core.metrics import MetricsWindow
-    from flyball.core.ports import Load, LoadProgress
+    from flyball.core.ports import EngineTarget, Load, LoadProgress
     from flyball.core.slo import Slo
     from flyball.core.workload import Workload
     from flyball.tuner.objective import Objective
     from flyball.tuner.space import Lattice
 
 DEFAULT_DURATION_S = 8.0
-READY_S = 120.0  # for our own server to load the bundled model
 
 
 def run(
-    engine: Annotated[str, typer.Argument(help="Kind of engine; in this version: flyball.")] = "flyball",
+    engine: Annotated[
+        str, typer.Argument(help="Kind of engine: flyball, vllm, sglang, tensorrt_llm or triton.")
+    ] = "flyball",
     url: Annotated[
         str | None, typer.Option(help="Address of a running server; default: one is started for the study.")
     ] = None,
@@ -43,7 +41,9 @@ def run(
         str | None, typer.Option(help="goodput (the default), throughput, output_tps or attainment.")
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="A latency statistic instead, such as p95_ttft.")] = None,
-    trials: Annotated[int, typer.Option(help="Configurations to measure, the default's included.", min=1)] = 14,
+    trials: Annotated[
+        int, typer.Option("--trials", "--budget", help="Configurations to measure, the default's included.", min=1)
+    ] = 14,
     repeats: Annotated[
         int, typer.Option(help="Pairs of windows, default against best, at the end; 0 compares nothing.", min=0)
     ] = 4,
@@ -92,6 +92,12 @@ def run(
     vocab_size: opt.VocabSize = None,
     extensions: opt.Extensions = True,
     api_key: opt.ApiKey = None,
+    engine_path: opt.EnginePath = None,
+    engine_arg: opt.EngineArg = None,
+    engine_env: opt.EngineEnv = None,
+    engine_logs: opt.EngineLogs = None,
+    platform: opt.Platform = None,
+    ready_timeout: opt.ReadyTimeout = 600.0,
 ) -> None:
     """Search the knobs of an engine for the best configuration under an SLO, and compare it with the default.
 
@@ -108,11 +114,10 @@ def run(
     from rich.console import Console
 
     from flyball.adapters.bench_files import check_writable
-    from flyball.adapters.engines.flyball_http import FlyballTarget
     from flyball.adapters.loadgen import HttpLoad
-    from flyball.adapters.server_facts import ask_server
     from flyball.cli import tune_session
     from flyball.cli.bench import fit_lengths, make_workload
+    from flyball.cli.tune_target import opened_target, target_options
     from flyball.core.slo import Slo, SloBound
     from flyball.tuner.measure import Rig
     from flyball.tuner.proposers import Strategy
@@ -131,9 +136,13 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ended_by_signals())
         stack.enter_context(_sole_writer(study))
-        base_url = url or stack.enter_context(own_server(model, console))
-        facts = ask_server(base_url, model=model if url else None, api_key=api_key)
-        target = stack.enter_context(FlyballTarget(base_url, api_key=api_key))
+        target, facts = stack.enter_context(opened_target(
+            target_options(
+                engine, model=model, url=url, api_key=api_key, path=engine_path, arguments=engine_arg,
+                variables=engine_env, logs=engine_logs, platform=platform, ready_timeout_s=ready_timeout,
+            ),
+            console,
+        ))  # fmt: skip
         lengths = fit_lengths(facts, scale=scale_lengths, max_input=max_input, max_output=max_output)
 
         def workload(variant: int) -> Workload:
@@ -159,7 +168,7 @@ def run(
         )  # fmt: skip
         found = tune_session.tune(
             problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
-            storage=study, name=name, resume=resume, apply=apply, console=console,
+            storage=study, name=name, resume=resume, apply=apply, console=console, restore=engine == "flyball",
         )  # fmt: skip
         tune_session.show(found)
         tune_session.write(found, report, target.url)
@@ -193,8 +202,10 @@ class _DoubtedLoad:
 def _check_options(engine: str, url: str | None, *, apply: bool, repeats: int) -> None:
     from flyball.core.errors import InvalidInput
 
-    if engine != "flyball":
-        raise InvalidInput(f"unknown engine {engine!r}; this version tunes: flyball")
+    if engine == "openai":
+        raise InvalidInput(
+            "an engine that is not named has no knobs to tune; measure it with `flyball bench --url URL`"
+        )
     if apply and url is None:
         raise InvalidInput("--apply needs --url: the server that tune starts itself ends with the study")
     if repeats == 1:
@@ -213,20 +224,17 @@ def _objective(maximize: str | None, minimize: str | None) -> Objective:
 
 
 def _lattice(
-    target: FlyballTarget, narrow: Mapping[str, str], constraints: Sequence[str], *, named_only: bool
+    target: EngineTarget, narrow: Mapping[str, str], constraints: Sequence[str], *, named_only: bool
 ) -> Lattice:
-    """The server's live knobs, narrowed; known constraints on knobs that it does not have are left out."""
-    from flyball.adapters.engines.flyball_http import CONSTRAINTS, search_ranges
-    from flyball.tuner.constraints import Constraint
+    """The target's knobs, narrowed to where looking is worth a trial, then by the user; with its known constraints."""
     from flyball.tuner.space import Lattice
 
-    space = target.space()
-    known = [text for text in CONSTRAINTS if all(name in space for name in Constraint(text).names)]
     in_force = target.configuration()
-    ranges = search_ranges(space)
+    ranges = target.search_ranges()
     if named_only:
         ranges = {name: str(value).lower() for name, value in in_force.items()}
-    return Lattice.of(space, ranges | dict(narrow), [*known, *constraints], in_force)
+    known = [*target.constraints(), *constraints]
+    return Lattice.of(target.space(), {**ranges, **narrow}, known, in_force, restarts=True)
 
 
 def _first_seconds(workload: Workload, seconds: float) -> Workload | None:
@@ -273,29 +281,3 @@ def _sole_writer(study: str) -> Iterator[None]:
                 f"another flyball tune is writing {study}; wait for its end, or give another --study"
             ) from None
         yield
-
-
-@contextmanager
-def own_server(model: str | None, console: Console) -> Iterator[str]:
-    """Serve the model on a free port while the block runs; yields the address."""
-    import sys
-
-    import httpx
-
-    from flyball.adapters.engines.process import free_port, spawned
-
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "flyball", "serve", *([model] if model else []), "--port", str(port)]
-    console.print(f"starting {model or 'the bundled model'} at {url} ...")
-    with httpx.Client(base_url=url, timeout=2.0, trust_env=False) as client:
-
-        def ready() -> bool:
-            try:
-                return client.get("/health/ready").status_code == 200
-            except httpx.HTTPError:
-                return False
-
-        with spawned(command, ready=ready, timeout_s=READY_S):
-            yield url
-    console.print(f"stopped the server at {url}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,11 +40,13 @@ def tune(
     name: str | None = None,
     resume: bool = False,
     apply: bool = False,
+    restore: bool = True,
 ) -> Report:
     """Search, compare and judge; progress goes to the console.
 
     Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison. In
-    the end, however it comes, the configuration found at the start is put back, or the recommended one with `apply`.
+    the end, however it comes, the configuration found at the start is put back, or the recommended one with `apply`;
+    not with `restore` false, for an engine that ends with the study.
     """
     url = studies.storage_url(storage)
     now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
@@ -54,12 +56,13 @@ def tune(
         f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}", soft_wrap=True
     )
     console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}", soft_wrap=True)
-    with studies.opened(url, name, problem, resume=resume) as study, _restored(study, problem, rig, console) as keep:
+    with studies.opened(url, name, problem, resume=resume) as study, ExitStack() as stack:
+        keep = stack.enter_context(_restored(study, problem, rig, console)) if restore else None
         stopped = _search(study, problem, rig, strategy, trials, console)
         found = studies.history(study)
         comparison = _compare(problem, rig, found, pairs, console) if pairs else None
         judged = verdict(found, problem, comparison)
-        if apply and judged.recommended is not None:
+        if keep and apply and judged.recommended is not None:
             keep(judged.recommended)
     return Report(
         study=name, problem=problem, strategy=strategy, trials=tuple(found), comparison=comparison, verdict=judged,

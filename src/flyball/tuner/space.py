@@ -108,16 +108,19 @@ class Lattice:
         narrow: Mapping[str, str] | None = None,
         constraints: Iterable[str] = (),
         base: Configuration | None = None,
+        *,
+        restarts: bool = False,
     ) -> Lattice:
         """The live knobs of a space, narrowed by name; a knob narrowed to one value is fixed.
 
-        Raises InvalidInput for an unknown knob, a knob that needs a restart, and constraints that the default breaks.
+        With `restarts` also those that need one, which a target makes when they are applied. Raises InvalidInput for an
+        unknown knob, a knob that needs a restart where none is made, and constraints that the default breaks.
         """
         narrow = narrow or {}
         for name in narrow:
-            if not space[name].live:
+            if not (space[name].live or restarts):
                 raise InvalidKnob(f"{name} needs a restart and cannot be tuned live; leave it out")
-        axes = [Axis.of(knob, narrow.get(knob.name)) for knob in space if knob.live]
+        axes = [Axis.of(knob, narrow.get(knob.name)) for knob in space if restarts or knob.live]
         lattice = cls(
             axes=tuple(axis for axis in axes if len(axis.levels) > 1),
             fixed={axis.knob.name: axis.levels[0] for axis in axes if len(axis.levels) == 1},

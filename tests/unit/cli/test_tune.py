@@ -107,7 +107,7 @@ def test_an_interrupted_tune_restores_and_resumes(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("vllm",), "unknown engine 'vllm'; this version tunes: flyball"),
+        (("vllm",), "vllm needs a model to serve; give its folder with --model"),
         (("--apply",), "--apply needs --url"),
         (("--url", "http://127.0.0.1:9"), "no server answers at http://127.0.0.1:9"),
         (("--slo", "fast"), "cannot read the SLO 'fast'"),

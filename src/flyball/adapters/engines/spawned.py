@@ -19,6 +19,7 @@ import httpx
 from flyball.adapters.engines.catalogue import Catalogue
 from flyball.adapters.engines.process import ChildProcess, await_ready, free_port
 from flyball.adapters.engines.readings import translated
+from flyball.adapters.server_facts import ServerFacts
 from flyball.core.clock import Clock, SystemClock
 from flyball.core.errors import EngineFailed, FailureKind, InvalidKnob
 from flyball.core.knobs import Configuration, Space, Value, generation_of
@@ -118,6 +119,11 @@ class SpawnedTarget:
     def identity(self) -> EngineIdentity:
         """The engine's name, and its version where its installation tells it."""
         return EngineIdentity(name=self.catalogue.engine, version=self._program.version)
+
+    def facts(self) -> ServerFacts:
+        """What the load needs to know of the model, before anything runs."""
+        told = self.catalogue.facts
+        return ServerFacts(url=self.url, model=self.served_name, vocab_size=told.vocab, max_model_len=told.context)
 
     def space(self) -> Space:
         """Every parameter of the catalogue."""

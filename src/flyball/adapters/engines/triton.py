@@ -22,6 +22,7 @@ from flyball.adapters.engines.catalogue import Catalogue, text_of
 from flyball.adapters.engines.process import ChildProcess, await_ready, free_port
 from flyball.adapters.engines.readings import translated
 from flyball.adapters.engines.spawned import LOCALHOST, Program
+from flyball.adapters.server_facts import ServerFacts
 from flyball.core.clock import Clock, SystemClock
 from flyball.core.errors import EngineFailed, FailureKind, InvalidInput, InvalidKnob
 from flyball.core.knobs import Configuration, Space, Value, generation_of
@@ -77,6 +78,10 @@ class TritonTarget:
             return EngineIdentity(name="triton", version=str(self._client.get("/v2").json()["version"]))
         except (httpx.HTTPError, ValueError, KeyError):
             return EngineIdentity(name="triton", version=self._program.version)
+
+    def facts(self) -> ServerFacts:
+        """What the load needs to know of the model; its vocabulary and context are not in config.pbtxt."""
+        return ServerFacts(url=self.url, model=self.served_name)
 
     def space(self) -> Space:
         """The catalogue's parameters; defaults are those of the model's own config.pbtxt."""

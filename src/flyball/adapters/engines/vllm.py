@@ -1,4 +1,4 @@
-"""vLLM's command line: `vllm serve MODEL --flag value --switch --no-switch`."""
+"""The command line of vLLM: `vllm serve MODEL --flag value --switch --no-switch`."""
 
 from __future__ import annotations
 
