@@ -101,10 +101,8 @@ def main() -> None:
             o = outcomes[servers, name] = timed(problem, name, TIME_LIMIT_S)
             best = BEST_KNOWN[servers][name == "heterogeneous"]
             gap = "-" if o.gap is None else f"{o.gap:.2e}"
-            print(
-                f"{servers:>8} {name:15}{o.seconds:>8.3f}{o.cpu_s:>8.3f}{o.cost:>11.1f}{best:>12.1f}{gap:>10}{o.served:>8}",
-                flush=True,
-            )
+            took = f"{o.seconds:>8.3f}{o.cpu_s:>8.3f}"
+            print(f"{servers:>8} {name:15}{took}{o.cost:>11.1f}{best:>12.1f}{gap:>10}{o.served:>8}", flush=True)
 
     print()
     for servers in (100, 5000):
