@@ -49,10 +49,21 @@ class Start(NamedTuple):
     resident: int
 
 
-def servers(rivals: list[str], threads: int, cache: Path, say: Callable[[str], None]) -> dict[str, Server]:
+def servers(
+    rivals: list[str], threads: int, cache: Path, say: Callable[[str], None], model: Path | None = None
+) -> dict[str, Server]:
     """The command line of each contender; one that cannot be installed is said to be left out."""
+    model = model or bundled_model_path()
     cache.mkdir(parents=True, exist_ok=True)
-    ours = [str(Path(sys.executable).with_name("flyball")), "serve", "--name", NAME, "--threads", str(threads)]
+    ours = [
+        str(Path(sys.executable).with_name("flyball")),
+        "serve",
+        str(model),
+        "--name",
+        NAME,
+        "--threads",
+        str(threads),
+    ]
     found = {"flyball": Server([*ours, "--port"], {}, cache / "flyball.serve.log")}
     known = _peers.recipes(threads)
     for name in rivals:
@@ -62,7 +73,7 @@ def servers(rivals: list[str], threads: int, cache: Path, say: Callable[[str], N
             say(f"{name} is left out: {reason}")
             continue
         command = [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(bundled_model_path()),
+            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
             "--served-model-name", NAME, "--distributed-executor-backend", "uni", "--host", "127.0.0.1", "--port",
         ]  # fmt: skip
         found[name] = Server(command, known[name].variables, cache / f"{name}.serve.log")
@@ -100,14 +111,20 @@ def first_token(port: int) -> bool:
         connection.close()
 
 
+def await_first_token(server: Server, process: subprocess.Popen[str], port: int, timeout_s: float) -> None:
+    """Ask again and again until a token comes; raises PeerUnavailable where none does."""
+    begun = time.perf_counter()
+    while not first_token(port):
+        if process.poll() is not None or time.perf_counter() - begun > timeout_s:
+            raise _peers.PeerUnavailable(f"no token in {time.perf_counter() - begun:.0f} s; see {server.log}")
+        time.sleep(0.02)
+
+
 def start(server: Server, timeout_s: float) -> Start:
     """Start the server, wait for its first token, and stop it."""
     begun = time.perf_counter()
     with started(server) as (process, port):
-        while not first_token(port):
-            if process.poll() is not None or time.perf_counter() - begun > timeout_s:
-                raise _peers.PeerUnavailable(f"no token in {time.perf_counter() - begun:.0f} s; see {server.log}")
-            time.sleep(0.02)
+        await_first_token(server, process, port, timeout_s)
         seconds = time.perf_counter() - begun
         return Start(seconds, _peers.cpu_seconds(process.pid), _peers.resident_bytes(process.pid))
 
