@@ -1,4 +1,4 @@
-"""Load from real traffic: traces read, cut and brought to a model's size; and Poisson arrivals with a trace's lengths.
+"""Load from real traffic: traces read, cut and brought to a model's size; generated arrivals with a trace's lengths.
 
 A trace is CSV (with a header) or JSONL, gzipped if its name ends in .gz, with the columns of one of these:
 
@@ -27,6 +27,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from flyball.adapters.arrivals import POISSON, Arrivals
 from flyball.core.errors import InvalidInput
 from flyball.core.workload import RequestSpec, Workload
 
@@ -255,6 +256,37 @@ def recorded(
     return Workload(requests=tuple(map(lengths.apply, timed)), source=source)
 
 
+def generated(
+    requests: Iterable[RequestSpec],
+    *,
+    name: str,
+    rate_rps: float,
+    seed: int,
+    arrivals: Arrivals = POISSON,
+    start: int = 0,
+    count: int | None = None,
+    duration_s: float | None = None,
+    lengths: Lengths = Lengths(),
+) -> Workload:
+    """Arrivals of a process at a mean rate; lengths are those of the requests from row `start` on, over again.
+
+    Ends after `count` requests or `duration_s` seconds, whichever comes first; one of the two is needed.
+    """
+    if not (math.isfinite(rate_rps) and rate_rps > 0):
+        raise InvalidInput(f"requests cannot arrive at {rate_rps:g} a second; give a rate above 0")
+    _check_limits(count, duration_s)
+    title = str(arrivals).capitalize()
+    if count is None and duration_s is None:
+        raise InvalidInput(f"{title} arrivals have no end of their own; give a number of requests or a duration")
+    arrivals_s = arrivals.times_s(rate_rps, np.random.default_rng(seed), count, duration_s)
+    if not arrivals_s:
+        raise InvalidInput(f"no request arrives within {duration_s:g} s at {rate_rps:g}/s; give more of either")
+    rows = list(islice(cycle(_slice(tuple(requests), name, start, None)), len(arrivals_s)))
+    source = f"{title} at {rate_rps:g}/s, seed {seed}, {len(rows)} requests of {name} from row {start}, "
+    timed = (replace(lengths.apply(r), arrival_s=t) for r, t in zip(rows, arrivals_s, strict=True))
+    return Workload(requests=tuple(timed), source=source + lengths.describe(rows))
+
+
 def poisson(
     requests: Iterable[RequestSpec],
     *,
@@ -266,35 +298,11 @@ def poisson(
     duration_s: float | None = None,
     lengths: Lengths = Lengths(),
 ) -> Workload:
-    """Poisson arrivals at `rate_rps`; lengths are those of the requests from row `start` on, over again if they end.
-
-    Ends after `count` requests or `duration_s` seconds, whichever comes first; one of the two is needed.
-    """
-    if not (math.isfinite(rate_rps) and rate_rps > 0):
-        raise InvalidInput(f"requests cannot arrive at {rate_rps:g} a second; give a rate above 0")
-    _check_limits(count, duration_s)
-    if count is None and duration_s is None:
-        raise InvalidInput("Poisson arrivals have no end of their own; give a number of requests or a duration")
-    arrivals_s = _poisson_times(rate_rps, np.random.default_rng(seed), count, duration_s)
-    if not arrivals_s:
-        raise InvalidInput(f"no request arrives within {duration_s:g} s at {rate_rps:g}/s; give more of either")
-    rows = list(islice(cycle(_slice(tuple(requests), name, start, None)), len(arrivals_s)))
-    source = f"Poisson at {rate_rps:g}/s, seed {seed}, {len(rows)} requests of {name} from row {start}, "
-    timed = (replace(lengths.apply(r), arrival_s=t) for r, t in zip(rows, arrivals_s, strict=True))
-    return Workload(requests=tuple(timed), source=source + lengths.describe(rows))
-
-
-def _poisson_times(
-    rate_rps: float, rng: np.random.Generator, count: int | None, duration_s: float | None
-) -> list[float]:
-    times: list[float] = []
-    now_s = 0.0
-    while count is None or len(times) < count:
-        now_s += rng.exponential(1 / rate_rps)
-        if duration_s is not None and now_s > duration_s:
-            break
-        times.append(now_s)
-    return times
+    """Poisson arrivals: `generated` with the process that many independent users make."""
+    return generated(
+        requests, name=name, rate_rps=rate_rps, seed=seed, start=start, count=count, duration_s=duration_s,
+        lengths=lengths,
+    )  # fmt: skip
 
 
 def _check_limits(count: int | None, duration_s: float | None) -> None:

@@ -27,6 +27,7 @@ def run(
     url: Annotated[str, typer.Option(help="Address of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
     trace: opt.Trace = "azure-conv",
     rate: opt.Rate = None,
+    arrivals: opt.Arrivals = "poisson",
     speed: opt.Speed = 1.0,
     start: opt.Start = 0,
     requests: Annotated[
@@ -73,6 +74,7 @@ def run(
     workload = make_workload(
         trace=trace,
         rate_rps=rate,
+        arrivals=arrivals,
         speed=speed,
         start=start,
         count=DEFAULT_REQUESTS if requests is None and duration is None else requests,
@@ -137,11 +139,13 @@ def make_workload(
     fixed: tuple[int | None, int | None],
     lengths: Lengths,
     seed: int,
+    arrivals: str = "poisson",
 ) -> Workload:
     """The load that the options describe."""
     from dataclasses import replace
 
-    from flyball.adapters.traces import poisson, read_trace, recorded, trace_path
+    from flyball.adapters.arrivals import Arrivals
+    from flyball.adapters.traces import generated, read_trace, recorded, trace_path
     from flyball.core.errors import InvalidInput
 
     rows = read_trace(trace_path(trace))
@@ -152,13 +156,19 @@ def make_workload(
                 raise InvalidInput(f"{field} is {tokens}; a request needs at least 1")
             rows = tuple(replace(row, prefix_ids=(), **{field: tokens}) for row in rows)
             name += f" with {field}={tokens}"
+    process = Arrivals.parse(arrivals)
     if rate_rps is None:
+        if process.process != "poisson":
+            raise InvalidInput(
+                f"{process} arrivals need a mean rate; give --rate, or leave --arrivals out for the trace's"
+            )
         return recorded(rows, name=name, start=start, count=count, duration_s=duration_s, speed=speed, lengths=lengths)
     if speed != 1:
         raise InvalidInput(f"speed {speed:g} scales a trace's own timing and rate {rate_rps:g} replaces it; give one")
-    return poisson(
-        rows, name=name, start=start, count=count, duration_s=duration_s, rate_rps=rate_rps, seed=seed, lengths=lengths
-    )
+    return generated(
+        rows, name=name, start=start, count=count, duration_s=duration_s, rate_rps=rate_rps, seed=seed, lengths=lengths,
+        arrivals=process,
+    )  # fmt: skip
 
 
 def fit_lengths(facts: ServerFacts, *, scale: float, max_input: int | None, max_output: int | None) -> Lengths:

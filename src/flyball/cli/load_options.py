@@ -11,7 +11,14 @@ Trace = Annotated[
     str, typer.Option("--trace", "--workload", help="azure-conv, azure-code (both bundled), or a CSV or JSONL file.")
 ]
 Rate = Annotated[
-    float | None, typer.Option(help="Poisson arrivals a second with the trace's lengths; default: its timing.")
+    float | None, typer.Option(help="Arrivals a second with the trace's lengths; default: the trace's own timing.")
+]
+Arrivals = Annotated[
+    str,
+    typer.Option(
+        help="With --rate: poisson, constant, gamma:SHAPE, burst:SIZE, step:FACTOR:AT_S, ramp:FACTOR:OVER_S or "
+        "diurnal:SHARE:PERIOD_S."
+    ),
 ]
 Speed = Annotated[float, typer.Option(help="Replay the trace's timing this many times as fast.")]
 Start = Annotated[int, typer.Option(help="First row of the trace to use, from 0.")]

@@ -75,6 +75,7 @@ def run(
     ),
     trace: opt.Trace = "azure-conv",
     rate: opt.Rate = None,
+    arrivals: opt.Arrivals = "poisson",
     speed: opt.Speed = 1.0,
     start: opt.Start = 0,
     requests: Annotated[int | None, typer.Option(help="Requests in a window.")] = None,
@@ -147,7 +148,7 @@ def run(
 
         def workload(variant: int) -> Workload:
             return make_workload(
-                trace=trace, rate_rps=rate, speed=speed, start=start, count=requests,
+                trace=trace, rate_rps=rate, arrivals=arrivals, speed=speed, start=start, count=requests,
                 duration_s=DEFAULT_DURATION_S if requests is None and duration is None else duration,
                 fixed=(input_tokens, output_tokens), lengths=lengths, seed=seed + variant,
             )  # fmt: skip
