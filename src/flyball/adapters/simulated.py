@@ -17,6 +17,8 @@ from flyball.core.fleet import Accelerator
 from flyball.core.observation import Counts, FleetState, Phase, ReplicaView, ServerView
 from flyball.core.slo import Slo
 from flyball.performance.simulator import BUCKETS, COUNTERS, Core, Counters, Law, Requests, Router, new_core
+from flyball.planner.cycle import Turn, turn
+from flyball.planner.loop import FleetLoop
 
 _COLUMNS = ("arrival_rps", "wanted", "starting", "ready", "draining", "attainment", "running", "waiting")
 _BUCKET_ENDS_S = 1e-3 * 1.1 ** np.arange(BUCKETS)
@@ -181,6 +183,11 @@ class SimulatedFleet:
             promises.add(records[records["server"] == index])
 
     # ---- replicas ----
+
+    @property
+    def actions(self) -> int:
+        """Decisions so far that changed the replicas asked for."""
+        return sum(self._actions)
 
     def scale(self, wanted: Counts) -> None:
         """See `flyball.core.ports.Cluster`."""
@@ -401,3 +408,22 @@ def _percentile_s(counts: NDArray[np.int64], share: float) -> float:
     """The share's bucket, where it ends; NaN of nothing."""
     below = np.cumsum(counts)
     return float(_BUCKET_ENDS_S[np.searchsorted(below, share * below[-1])]) if below[-1] else math.nan
+
+
+def govern(fleet: SimulatedFleet, loop: FleetLoop | None, *, until_s: float = math.inf) -> list[Turn]:
+    """Let a loop run a fleet until a time, or until no request arrives any more; without a loop its replicas stay.
+
+    Returns the turns in which something changed, was held or was refused.
+    """
+    turns: list[Turn] = []
+    memory = None if loop is None else loop.start()
+    period_s = 60.0 if loop is None else loop.period_s
+    while fleet.now_s < until_s and not (fleet.ended and math.isinf(until_s)):
+        fleet.advance(min(fleet.now_s + period_s, until_s))
+        if loop is None or memory is None:
+            continue
+        before = fleet.actions
+        seen, memory = turn(fleet, loop, fleet, memory)
+        if fleet.actions != before or seen.blind or seen.refused:
+            turns.append(seen)
+    return turns
