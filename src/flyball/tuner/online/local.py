@@ -26,7 +26,7 @@ from flyball.tuner.online.cube import Cube, Matrix, Vector, low_discrepancy
 from flyball.tuner.online.points import Points, Seen, Suggestion, among
 
 FIRST_RADIUS = 0.35
-LEAST_RADIUS = 1e-4
+LEAST_RADIUS = 5e-4
 MOST_RADIUS = 0.6
 _CANDIDATES = 24  # random ones, beside those on the path to the model's minimum
 _PATH = np.concatenate([[0.0], 10.0 ** np.linspace(-4, 2.5, 14)])
@@ -106,7 +106,13 @@ class Local:
             return Suggestion(known.copy(), "the incumbent again")
         if self.settled:
             return self._settled_ask(known, pending)
+        if self.radius < self._least_radius:
+            return self._settle(pending)
         return self._model_step(self._center(best), pending)
+
+    @property
+    def _least_radius(self) -> float:
+        return _NOISY_RADIUS if self.points.noise > 0 else LEAST_RADIUS
 
     def _center(self, best: int) -> int:
         """The row that steps are made from: the incumbent, or the best of a hop's region."""
@@ -177,7 +183,7 @@ class Local:
                 self._steps.append(step)
                 return Suggestion(step.u, f"the model's minimum within {self.radius:.3g}")
             self.radius *= 0.5
-            if self.radius < (_NOISY_RADIUS if points.noise > 0 else LEAST_RADIUS):
+            if self.radius < self._least_radius:
                 return self._settle(pending)
 
     def _thin(self, best: int) -> bool:
