@@ -26,6 +26,8 @@ from flyball.planner.options import Option, Sizer
 
 _MOST_PERIODS = 3.0  # that a look can age the loop by
 _LENGTHS_KEPT = 2000.0  # requests that the mean lengths are over, older ones fading
+_LENGTHS_STATED = 20.0  # requests that lengths stated in the spec count for
+_UNKNOWN_LENGTHS = (math.nan, math.nan, 0.0)  # tokens in, out, and how many requests' mean this is
 _STUCK_AFTER = 4.0  # start-up times that a replica may take before it counts as stuck
 
 
@@ -92,7 +94,7 @@ class ServerMemory:
     damped: Mapping[str, Damped] = field(default_factory=dict)  # by accelerator
     asked: Mapping[str, int] | None = None  # replicas asked for last
     inside: float | None = None  # requests that had come and not ended, at the last look
-    lengths: tuple[float, float, float] = (math.nan, math.nan, 0.0)  # tokens in, out, and how many requests' mean
+    lengths: tuple[float, float, float] = _UNKNOWN_LENGTHS
     idle_s: float = 0.0  # seen to have nothing to do
     starting: Mapping[str, float] = field(default_factory=dict)  # replica -> age when last seen starting
     start_up_s: float | None = None  # measured
@@ -209,9 +211,7 @@ class FleetLoop:
         odd: str,
     ) -> _Plan:
         """Observe, forecast and size one server."""
-        memory = memory or ServerMemory(
-            self._forecaster.start(), {name: one.start() for name, one in self._analyzers.items()}
-        )
+        memory = memory or self._first(server)
         view = state.servers.get(server.name)
         current = _current(server, view, memory)
         if view is None:
@@ -239,6 +239,16 @@ class FleetLoop:
         wish = Wish(wanted=wanted, options=options, rate_rps=rate_rps)
         reasons = (advice.reason, *limits)
         return _Plan(memory, current, reasons, wish, advice, options)
+
+    def _first(self, server: ServerSpec) -> ServerMemory:
+        """Of a server not seen before: what its spec states of its requests is believed a little."""
+        demand = server.demand
+        stated = demand.input_tokens + demand.output_tokens > 0
+        return ServerMemory(
+            self._forecaster.start(),
+            {name: one.start() for name, one in self._analyzers.items()},
+            lengths=(demand.input_tokens, demand.output_tokens, _LENGTHS_STATED) if stated else _UNKNOWN_LENGTHS,
+        )
 
     def _profiles(self) -> tuple[LatencyProfile, ...]:
         return self.spec.profiles
@@ -371,8 +381,6 @@ def _lengths(old: tuple[float, float, float], view: ServerView) -> tuple[float, 
     """Mean tokens in and out, over the last requests that said so."""
     n, m, count = old
     if math.isnan(view.input_tokens) or math.isnan(view.output_tokens) or not view.completed:
-        if count == 0 and not math.isnan(view.input_tokens):
-            return view.input_tokens, m, 0.0
         return old
     seen = float(view.completed)
     if count == 0:

@@ -189,6 +189,11 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "engine_kv_blocks_limit", "KV blocks that may hold content now, by the live knob.", value=stats.blocks_limit
         )
+        yield GaugeMetricFamily(
+            "engine_kv_cache_tokens",
+            "Tokens that all KV blocks together hold.",
+            value=sum(blocks.values()) * self._engine.info().get("block_size", 0),
+        )
         yield CounterMetricFamily(
             "engine_kv_blocks_evicted", "Cached KV blocks whose prefix was given up for room.", value=stats.evictions
         )
