@@ -16,7 +16,7 @@ from flyball.core.errors import FlyballError
 SOURCE = Path(__file__).with_name("kernels.cpp")
 HEADERS = (SOURCE.with_name("team.hpp"),)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC")
-NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 BUILD_TIMEOUT_S = 300
 
 

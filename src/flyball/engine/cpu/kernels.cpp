@@ -53,6 +53,16 @@ inline __m512 exp512(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+// The sums of four vectors.
+inline __m128 sums(const __m512* v) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 c = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 enum Output { STORE, STORE_FLOAT, ADD_FLOAT, GATED };
 
 struct Target {
@@ -63,9 +73,10 @@ struct Target {
 };
 
 // R rows times C panels of 16 columns. GATED: panels alternate gate, up; writes silu(gate) * up, 16 columns a pair.
-template <int R, int C>
+// AHEAD: bring the C panels at `ahead` into the L2 cache on the way.
+template <int R, int C, bool AHEAD>
 inline void tile(const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t column, int64_t columns, const Target& to,
-                 int64_t row) {
+                 int64_t row, const bf16* ahead) {
     __m512 acc[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
@@ -75,6 +86,7 @@ inline void tile(const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t c
         for (int c = 0; c < C; ++c) {
             b[c] = (__m512bh)_mm512_loadu_si512(w + c * panel + i * 16);
             if (R == 1) _mm_prefetch((const char*)(w + c * panel + i * 16 + 512), _MM_HINT_T0);
+            if (AHEAD) _mm_prefetch((const char*)(ahead + c * panel + i * 16), _MM_HINT_T1);
         }
         for (int r = 0; r < R; ++r) {
             int32_t pair;
@@ -112,12 +124,14 @@ inline void tile(const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t c
 
 template <int R>
 inline void tile_columns(int c, const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t column, int64_t columns,
-                         const Target& to, int64_t row) {
+                         const Target& to, int64_t row, const bf16* ahead = nullptr) {
     switch (c) {
-        case 4: return tile<R, 4>(x, ldx, w, k, column, columns, to, row);
-        case 3: return tile<R, 3>(x, ldx, w, k, column, columns, to, row);
-        case 2: return tile<R, 2>(x, ldx, w, k, column, columns, to, row);
-        default: return tile<R, 1>(x, ldx, w, k, column, columns, to, row);
+        case 4:
+            return ahead ? tile<R, 4, true>(x, ldx, w, k, column, columns, to, row, ahead)
+                         : tile<R, 4, false>(x, ldx, w, k, column, columns, to, row, ahead);
+        case 3: return tile<R, 3, false>(x, ldx, w, k, column, columns, to, row, ahead);
+        case 2: return tile<R, 2, false>(x, ldx, w, k, column, columns, to, row, ahead);
+        default: return tile<R, 1, false>(x, ldx, w, k, column, columns, to, row, ahead);
     }
 }
 
@@ -149,8 +163,10 @@ struct Linear {
             const int64_t panel = group * 4;
             const int c = (int)std::min<int64_t>(4, panels() - panel);
             const bf16* weights = w + panel * 16 * k;
+            const bf16* next = group + 1 < groups() && panels() - panel >= 8 ? weights + 64 * k : nullptr;
             int64_t row = rows;
-            for (; row + 6 <= end; row += 6) tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row);
+            for (; row + 6 <= end; row += 6)  // the second tile has its weights at hand and time to fetch the next ones
+                tile_columns<6>(c, x + row * k, k, weights, k, panel * 16, n, to, row, row == rows + 6 ? next : nullptr);
             switch (end - row) {
                 case 5: tile_columns<5>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
                 case 4: tile_columns<4>(c, x + row * k, k, weights, k, panel * 16, n, to, row); break;
@@ -353,24 +369,30 @@ struct Job {
         const bf16* queries = q + (token * m.heads + head * group()) * d;
         for (int64_t g0 = 0; g0 < group(); g0 += 4) {  // up to four query heads share each key that is read
             const int64_t heads = std::min<int64_t>(4, group() - g0);
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t p = from + i;
-                const bf16* key = layer.keys + ((int64_t)blocks[p / size] * size + p % size) * stride + head * d;
+            for (int64_t i = 0; i < count; i += 4) {  // four positions at a time; what lies past the end is masked later
+                const bf16* keys[4];
+                for (int64_t j = 0; j < 4; ++j) {
+                    const int64_t p = from + std::min(i + j, count - 1);
+                    keys[j] = layer.keys + ((int64_t)blocks[p / size] * size + p % size) * stride + head * d;
+                }
                 for (int64_t g = 0; g < heads; ++g) {
-                    __m512 acc = _mm512_setzero_ps();
-                    for (int64_t l = 0; l < lanes; ++l)
-                        acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(key + l * 32),
-                                               (__m512bh)_mm512_loadu_si512(queries + (g0 + g) * d + l * 32));
-                    s[(g0 + g) * row_floats + i] = _mm512_reduce_add_ps(acc);
+                    __m512 acc[4];
+                    for (auto& a : acc) a = _mm512_setzero_ps();
+                    for (int64_t l = 0; l < lanes; ++l) {
+                        const __m512bh query = (__m512bh)_mm512_loadu_si512(queries + (g0 + g) * d + l * 32);
+                        for (int64_t j = 0; j < 4; ++j)
+                            acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)_mm512_loadu_si512(keys[j] + l * 32), query);
+                    }
+                    _mm_storeu_ps(s + (g0 + g) * row_floats + i, sums(acc));
                 }
             }
         }
         for (int64_t g = 0; g < group(); ++g) softmax(s + g * row_floats, count);
-        for (int64_t g0 = 0; g0 < group(); g0 += 2) {
-            const int64_t heads = std::min<int64_t>(2, group() - g0);
+        for (int64_t g0 = 0; g0 < group(); g0 += 4) {
+            const int64_t heads = std::min<int64_t>(4, group() - g0);
             for (int64_t part = 0; part < d; part += 64) {
                 const int64_t width = std::min<int64_t>(4, (d - part) / 16);
-                __m512 acc[2][4];
+                __m512 acc[4][4];
                 for (auto& a : acc)
                     for (auto& v : a) v = _mm512_setzero_ps();
                 for (int64_t i = 0; i < count; ++i) {
