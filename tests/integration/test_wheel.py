@@ -29,7 +29,7 @@ LACKING = {
     "train-tiny": (["book.txt", "--out", "model"], "engine"),
     "tune": (["--slo", "p95_ttft<500ms"], "tune"),
 }
-PLAIN = {"plan": [FLEET, "--unlimited"]}  # what works without any extra
+PLAIN = {"plan": [FLEET, "--unlimited"], "engines": ["list"]}  # what works without any extra
 
 cli._register()
 

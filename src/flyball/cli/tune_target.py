@@ -16,6 +16,7 @@ from flyball.adapters.engines.spawned import SpawnedTarget
 from flyball.adapters.engines.targets import TargetOptions, make_target
 from flyball.adapters.engines.triton import TritonTarget
 from flyball.adapters.server_facts import ServerFacts, ask_server
+from flyball.cli.engines import engines_folder
 from flyball.core.errors import InvalidInput
 from flyball.core.ports import EngineTarget
 
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 READY_S = 120.0  # for our own server to load the bundled model
-
-
-def engines_folder() -> Path:
-    """Where `flyball engines install` puts environments: the user's cache folder, or FLYBALL_ENGINES."""
-    if chosen := os.environ.get("FLYBALL_ENGINES"):
-        return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "flyball" / "engines"
 
 
 def target_options(

