@@ -13,14 +13,17 @@ from rich.table import Table
 
 from flyball.cli.engine_options import (
     BlockSize,
+    DraftModel,
     Dtype,
     KvCacheMib,
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
+    MedusaHeads,
     Model,
     Quantization,
     QuantizeHead,
+    SpecMethod,
     Threads,
     engine_config,
     given,
@@ -47,6 +50,9 @@ def explain(
     threads: Threads = None,
     quantization: Quantization = None,
     quantize_head: QuantizeHead = False,
+    spec_method: SpecMethod = "off",
+    draft_model: DraftModel = None,
+    medusa_heads: MedusaHeads = None,
     url: Annotated[str | None, typer.Option(help="Explain this running Flyball server instead.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Admin key of that server.", envvar="FLYBALL_ADMIN_KEY")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one setting a line.")] = False,
@@ -78,6 +84,9 @@ def explain(
         threads=threads,
         quantization=quantization,
         quantize_head=quantize_head,
+        spec_method=spec_method,
+        draft_model=draft_model,
+        medusa_heads=medusa_heads,
     )
     from flyball.engine.explain import explain_unloaded
 

@@ -24,6 +24,19 @@ Quantization = Annotated[
     typer.Option(help="Keep the weights of linear layers in this format; default: as the checkpoint has them."),
 ]
 QuantizeHead = Annotated[bool, typer.Option(help="Quantise the output layer as well, in int8.")]
+DraftModel = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a small model with the same tokenizer, which guesses tokens; the bundled model's own "
+                 "is taken by itself."),
+]  # fmt: skip
+MedusaHeads = Annotated[
+    Path | None,
+    typer.Option(help="Folder of Medusa heads of the model; the bundled model's are taken by itself."),
+]
+SpecMethod = Annotated[
+    Literal["off", "ngram", "draft", "medusa"],
+    typer.Option(help="Who guesses tokens, which the model verifies; the live knob of the same name changes it."),
+]
 
 _FIELDS = {"kv_cache_mib": "kv_cache_bytes"}  # where an option has another name, in another unit, than the field
 
@@ -43,9 +56,17 @@ def given(context: typer.Context) -> dict[str, str]:
 
 
 def engine_config(model: Path | None, *, kv_cache_mib: int, **fields: Any) -> Any:  # noqa: ANN401  # imported late
-    """The engine's configuration; raises InvalidInput for a folder that holds no complete checkpoint."""
+    """The engine's configuration; raises InvalidInput for a folder that holds no complete checkpoint.
+
+    The bundled model's draft and heads are loaded with it when guessing is asked for.
+    """
     from flyball.engine.config import EngineConfig
 
+    if model is None and fields.get("spec_method") in {"draft", "medusa"}:
+        from flyball.engine.bundled import bundled_medusa_path, bundled_model_path
+
+        fields["draft_model"] = fields.get("draft_model") or bundled_model_path("draft")
+        fields["medusa_heads"] = fields.get("medusa_heads") or bundled_medusa_path()
     return EngineConfig(model=model_folder(model), kv_cache_bytes=kv_cache_mib * 2**20, **fields)
 
 

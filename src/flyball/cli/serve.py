@@ -13,14 +13,17 @@ import typer
 
 from flyball.cli.engine_options import (
     BlockSize,
+    DraftModel,
     Dtype,
     KvCacheMib,
     MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
+    MedusaHeads,
     Model,
     Quantization,
     QuantizeHead,
+    SpecMethod,
     Threads,
     engine_config,
     given,
@@ -49,6 +52,9 @@ def run(
     threads: Threads = None,
     quantization: Quantization = None,
     quantize_head: QuantizeHead = False,
+    spec_method: SpecMethod = "off",
+    draft_model: DraftModel = None,
+    medusa_heads: MedusaHeads = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +107,9 @@ def run(
         threads=threads,
         quantization=quantization,
         quantize_head=quantize_head,
+        spec_method=spec_method,
+        draft_model=draft_model,
+        medusa_heads=medusa_heads,
     )
     with listen(host, port) as listener:  # before torch and the model are loaded, which takes a while
         from flyball.engine.async_engine import AsyncEngine

@@ -10,14 +10,14 @@ import typer
 
 def run(
     texts: Annotated[list[Path], typer.Argument(help="Plain UTF-8 text files to learn from.")],
-    out: Annotated[Path, typer.Option(help="New folder for tokenizer, target and draft.")],
+    out: Annotated[Path, typer.Option(help="New folder for tokenizer, target, draft and Medusa heads.")],
     preset: Annotated[
         str, typer.Option(help="demo: the bundled model, half an hour on 2 cores; ci: seconds.")
     ] = "demo",
     seed: Annotated[int | None, typer.Option(help="Seed of every random number; default: the preset's.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
-    """Train tokenizer, target and distilled draft from plain text; prints the held-out loss."""
+    """Train tokenizer, target, distilled draft and Medusa heads from plain text; prints the held-out loss."""
     from flyball.cli import require
     from flyball.core.errors import InvalidInput
 
@@ -44,6 +44,7 @@ def run(
         tasks = {
             "target": bars.add_task("target", total=recipe.target_steps, loss=0.0),
             "draft": bars.add_task("draft", total=recipe.draft_steps, loss=0.0),
+            "medusa": bars.add_task("medusa", total=recipe.medusa_steps, loss=0.0),
         }
 
         def progress(stage: str, step: int, steps: int, loss: float) -> None:

@@ -15,3 +15,9 @@ def bundled_model_path(part: str = "target") -> Path:
     if not (path / "config.json").is_file():
         raise InvalidInput(f"this installation holds no bundled {part} model; name a model folder instead")
     return path
+
+
+def bundled_medusa_path() -> Path | None:
+    """Folder of the bundled model's Medusa heads; None where this installation holds none."""
+    path = _FOLDER / "medusa"
+    return path if path.is_dir() else None

@@ -13,6 +13,7 @@ from flyball.engine.block_pool import Eviction
 
 Policy = Literal["fcfs", "priority", "shortest_prefill_first", "longest_prefix_match"]
 Victim = Literal["latest_arrival", "least_computed"]
+Method = Literal["off", "ngram", "draft", "medusa"]
 Quantization = Literal["int8_dynamic", "int8", "int4", "fp8", "nf4"]
 
 MAX_COUNT = 2**31 - 1  # where a knob has no natural bound
@@ -35,6 +36,9 @@ class EngineConfig:
     kernels: Literal["auto", "compiled", "torch"] = "auto"  # auto: compiled where model and machine allow, else torch
     quantization: Quantization | None = None  # of weights, as they are loaded; None: as the checkpoint has them
     quantize_head: bool = False  # the output layer as well, in int8
+    draft_model: Path | None = None  # a small model with the same tokenizer, which guesses tokens
+    medusa_heads: Path | None = None  # heads trained on this model, which guess tokens
+    spec_method: Method = "off"  # of guessing, at first; the live knob of the same name changes it
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -47,6 +51,19 @@ class EngineConfig:
             )
         if self.num_blocks is not None and self.num_blocks < 1:
             raise InvalidInput(f"num_blocks={self.num_blocks}: the KV cache needs at least 1 block")
+        if self.spec_method not in self.spec_methods:
+            needed = {"draft": "draft_model", "medusa": "medusa_heads"}.get(self.spec_method, "another name")
+            raise InvalidInput(f"spec_method={self.spec_method} needs {needed}: give the folder of one")
+
+    @property
+    def spec_methods(self) -> tuple[Method, ...]:
+        """Ways of guessing for which everything is there."""
+        methods: list[Method] = ["off", "ngram"]
+        if self.draft_model is not None:
+            methods.append("draft")
+        if self.medusa_heads is not None:
+            methods.append("medusa")
+        return tuple(methods)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +86,9 @@ class RuntimeConfig:
     max_queue_tokens: int = 0
     request_timeout_s: float = 0.0
     stream_interval: int = 1
+    spec_method: Method = "off"
+    num_speculative_tokens: int = 4
+    spec_max_batch: int = 8
     version: int = field(default=1)
 
     def values(self) -> dict[str, Value]:
@@ -139,6 +159,12 @@ def knob_space(config: EngineConfig) -> Space:
              doc="seconds from arrival after which a request that set no timeout ends; 0 sets none"),
         Knob(name="stream_interval", kind="int", default=1, low=1, high=1024,
              doc="tokens sent to the client at once, after the first; saves work per token"),
+        Knob(name="spec_method", kind="choice", default=config.spec_method, choices=config.spec_methods,
+             doc="who guesses tokens that the model then verifies in one step; what is said stays the model's"),
+        Knob(name="num_speculative_tokens", kind="int", default=4, low=0, high=16,
+             doc="most tokens guessed for a request at once; fewer where lately fewer were kept; 0 guesses none"),
+        Knob(name="spec_max_batch", kind="int", default=min(8, config.max_num_seqs), low=0,
+             high=config.max_num_seqs, doc="requests decoding in a step up to which tokens are guessed; 0: any"),
     ))  # fmt: skip
 
 

@@ -23,6 +23,9 @@ from flyball.engine.model_runner import ModelRunner, load_tokenizer
 from flyball.engine.request import FinishReason, Request, RequestOutput, RequestReport, SamplingParams
 from flyball.engine.sampler import logprobs, sample
 from flyball.engine.scheduler import Scheduler, StepPlan
+from flyball.engine.speculation.proposer import Draft
+from flyball.engine.speculation.speculator import Speculator, rows_of
+from flyball.engine.speculation.verify import Verified, verify
 from flyball.engine.stats import EngineStats
 from flyball.engine.structured import GrammarCompiler
 
@@ -55,6 +58,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             KVManager(self.runner.num_blocks, config.block_size), self.runner.shape.eos_token_ids
         )
+        self.speculator = Speculator(self.config, self.runner)
         self.grammars = GrammarCompiler(self.tokenizer, self.runner.shape.vocab_size, self.scheduler.eos_token_ids)
         self.requests: dict[str, list[Request]] = {}  # by group: the answers still to be given
         self.stats = EngineStats(blocks_free=self.runner.num_blocks, blocks_limit=self.runner.num_blocks)
@@ -199,18 +203,28 @@ class EngineCore:
                 self._observe()
             return outputs, plan.wake_s
         self._empty_plans = 0
+        verified: list[Verified] = []
+        tokens: Sequence[int | Sequence[int]]
         try:
-            logits = self.runner.forward(plan.parts)
-            tokens = self._sample(logits, plan)
+            drafts = self.speculator.drafts(plan, runtime, self.scheduler.kv, self.max_model_len)
+            if drafts:
+                logits = self.runner.forward(rows_of(plan.parts, drafts))
+                verified = self._verify(logits, plan, drafts)
+                tokens = [group.tokens for group in verified]
+            else:
+                tokens = self._sample(self.runner.forward(plan.parts), plan)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not _out_of_memory(error):
                 raise
+            for part in plan.parts:
+                part.request.spec_ids = []
             self._relieve(error)  # nothing of the plan was taken down, so the next one repeats it, in smaller steps
             return outputs, None
         news = self.scheduler.update(plan, tokens, runtime)
+        self._learn(plan, verified, runtime)
         now_s = self.clock.now_s()
         interval = runtime.stream_interval
-        for request, _ in news:
+        for request in dict.fromkeys(request for request, _ in news):
             sent = request.num_sent
             if not sent or request.finish_reason is not None or len(request.output_ids) - sent >= interval:
                 outputs.append(self._output(request, now_s))
@@ -286,6 +300,39 @@ class EngineCore:
                     request.matcher.accept_token(token)
         return tokens
 
+    def _verify(self, logits: torch.Tensor, plan: StepPlan, drafts: Mapping[int, Draft]) -> list[Verified]:
+        """The tokens of each sampling part from the rows of its draft; a part without one has one row."""
+        groups, row = [], 0
+        for i, part in enumerate(plan.parts):
+            if part.samples:
+                part.request.spec_ids = []
+                groups.append(Verified(part.request, row, drafts.get(i, Draft([]))))
+                row += len(groups[-1].draft.ids) + 1
+
+        def tell(raw: torch.Tensor, requests: Sequence[Request], tokens: Sequence[int]) -> None:
+            told = logprobs(raw, tokens, [r.params.logprobs for r in requests])
+            for request, values in zip(requests, told, strict=True):
+                if values is not None:
+                    request.logprobs.append(values)
+
+        verify(logits, groups, self.scheduler.eos_token_ids, tell)
+        broken = [g.request for g in groups if g.tokens[-1] < 0]
+        if broken:
+            self.runner.clear([block for request in broken for block in request.block_table])
+        return groups
+
+    def _learn(self, plan: StepPlan, verified: Sequence[Verified], runtime: RuntimeConfig) -> None:
+        """Tell the speculator what a step kept, and show it the states under the newest tokens."""
+        if runtime.spec_method == "off":
+            return
+        self.speculator.observe(verified, runtime)
+        kept = {g.request: g.first + len(g.tokens) - 1 for g in verified}
+        sampled = [part.request for part in plan.parts if part.samples]
+        rows = [(r, kept.get(r, i)) for i, r in enumerate(sampled) if r.finish_reason is None]
+        hidden = self.runner.hidden
+        states = hidden[[row for _, row in rows]] if hidden is not None else None
+        self.speculator.after([r for r, _ in rows], states, runtime)
+
     def _output(self, request: Request, now_s: float) -> RequestOutput:
         new = tuple(request.output_ids[request.num_sent :])
         if not request.num_sent and new:
@@ -306,6 +353,7 @@ class EngineCore:
                 num_preemptions=request.num_preemptions,
                 batch_size_seen=request.batch_size_seen,
                 num_cached_tokens=request.num_cached_tokens,
+                spec_accepted_tokens=request.spec_accepted,
             )
         return RequestOutput(
             request_id=request.group,
@@ -359,7 +407,7 @@ class EngineCore:
         self.update_runtime({"max_num_batched_tokens": budget}, by="engine: out of memory")
 
     def _observe(self, tokens: int = 0, prompt_tokens: int = 0, new_tokens: int = 0, seconds: float = 0.0) -> None:
-        scheduler, pool, old = self.scheduler, self.scheduler.kv.pool, self.stats
+        scheduler, pool, old, counts = self.scheduler, self.scheduler.kv.pool, self.stats, self.speculator.counts
         if not self.requests:
             pool.check_idle()
         now_s = self.clock.now_s()
@@ -382,6 +430,10 @@ class EngineCore:
             out_of_memory=old.out_of_memory,
             finished=old.finished,
             refused=old.refused,
+            spec_drafts=counts.drafts,
+            spec_draft_tokens=counts.draft_tokens,
+            spec_accepted_tokens=counts.accepted_tokens,
+            spec_accepted_at=tuple(counts.accepted_at),
             tokens_per_s=self._lately[0] / self._lately[1] if self._lately[1] > 0 else 0.0,
             last_step_s=now_s if tokens else old.last_step_s,
             progress_s=now_s if tokens or not self.requests else old.progress_s,

@@ -75,6 +75,9 @@ _WHY = {
     "quantization": "format of the weights of linear layers; none: as the checkpoint has them",
     "quantize_head": "whether quantization takes in the output layer, in int8",
     "block_size": "tokens in a KV block: smaller ones waste less at a request's end, larger ones cost less bookkeeping",
+    "draft_model": "the folder of the small model that guesses tokens, if any",
+    "medusa_heads": "the folder of the heads that guess tokens, if any",
+    "spec_method": "way of guessing at first; the live knob changes it",
     "max_num_seqs": "capacity: most sequences at once; the live knob moves below it",
     "max_num_batched_tokens": "capacity: most tokens in one step; the live knob moves below it",
 }

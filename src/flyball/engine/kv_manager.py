@@ -55,6 +55,7 @@ class KVManager:
         assert new is not None, "counted as fitting"
         request.block_table = prefix + new
         request.num_computed = cached
+        request.draft_computed = 0
         request.num_hashed_blocks = len(prefix)
         request.epoch = self.epoch
         return True
@@ -85,6 +86,7 @@ class KVManager:
         self.pool.release(request.block_table)
         request.block_table = []
         request.num_computed = 0
+        request.draft_computed = 0
         request.num_hashed_blocks = 0
 
     def _extend_hashes(self, request: Request) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
@@ -61,6 +62,7 @@ class ModelRunner:
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
         )
         self.fused: FusedModel | None = None
+        self.hidden: Tensor | None = None  # states [R, d] before the output layer, if they are kept
         self.kernels = "torch"  # what computes the steps, and why not something faster
         if config.kernels != "torch":
             try:
@@ -112,6 +114,22 @@ class ModelRunner:
             paged=self._batch(parts, positions),
         ).logits
         return logits[0]
+
+    def keep_hidden(self) -> bool:
+        """Keep the states of sampled rows of each step from now on; False: what computes the steps cannot."""
+        if self.fused is not None:
+            return False
+
+        def keep(_module: Any, inputs: tuple[Tensor, ...]) -> None:  # noqa: ANN401  # untyped
+            self.hidden = inputs[0][0]
+
+        self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        return True
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Logits of states [R, d] as the output layer makes them."""
+        logits: Tensor = F.linear(states, self.model.get_output_embeddings().weight)
+        return logits
 
     def clear(self, blocks: list[int]) -> None:
         """Zero KV blocks that hold what is not a number, before others get them."""

@@ -145,6 +145,11 @@ class Request:
     first_token_s: float | None = None
     edits: Any = None  # the sampler's own state for it, where its logits are changed
     matcher: Any = None  # where in its grammar the answer is
+    spec_ids: list[int] = field(default_factory=list)  # guessed tokens after the known ones, while they are verified
+    spec_accepted: int = 0  # guessed tokens that were kept
+    draft_computed: int = 0  # tokens with valid KV of the draft model
+    lookup: Any = None  # of its own text, for guesses by n-grams
+    medusa_ids: tuple[int, list[int]] | None = None  # known tokens when they were guessed, and the guesses
     edited: bool = field(init=False)
     plain: bool = field(init=False)  # not edited, and nothing but the token is wanted
     solo: bool = field(init=False)  # runs in steps of its own
@@ -168,8 +173,11 @@ class Request:
         return self.num_known - self.num_computed
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Known tokens start..stop."""
+        """Known tokens start..stop, and guessed ones beyond."""
         prompt = len(self.prompt_ids)
+        if self.spec_ids and stop > self.num_known:
+            known = self.tokens(start, self.num_known) if start < self.num_known else []
+            return known + self.spec_ids[max(0, start - self.num_known) : stop - self.num_known]
         if stop <= prompt:
             return self.prompt_ids[start:stop]
         if start >= prompt:

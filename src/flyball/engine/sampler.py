@@ -27,13 +27,16 @@ _HEAD = 2048  # likeliest tokens among which the filters' border is sought befor
 _LOGPROB_ROWS = 16  # normalised at once: bounds the memory that logprobs take
 
 
-def uniform(seed: int, position: int) -> float:
+SAMPLE, DRAFT, ACCEPT, RESIDUAL = range(4)  # streams of random numbers: what a draw at a position is for
+
+
+def uniform(seed: int, position: int, stream: int = SAMPLE) -> float:
     """A number in [0, 1) that depends on nothing but its arguments (SplitMix64; Steele et al. 2014).
 
     >>> uniform(1, 0) == uniform(1, 0) != uniform(1, 1)
     True
     """
-    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1342543DE82EF95) & _MASK
+    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1342543DE82EF95 + stream * 0x8CB92BA72F3D8DD7) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return ((z ^ (z >> 31)) >> 11) / (1 << 53)
@@ -178,6 +181,11 @@ def _border(head: Tensor, mass: Tensor, params: Sequence[SamplingParams]) -> tup
 def _ascending(values: Tensor) -> Tensor:
     """Each row's values, the smallest first."""
     return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort(dim=-1).values
+
+
+def draw(weights: Tensor, draws: Tensor) -> Tensor:
+    """A token a row of weights [R, V], which need not sum to 1, by uniform numbers [R]; never one of weight 0."""
+    return _inverse(weights, draws.double())
 
 
 def _inverse(probs: Tensor, draws: Tensor) -> Tensor:

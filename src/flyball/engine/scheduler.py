@@ -125,27 +125,36 @@ class Scheduler:
             shed.append(victim)
         return shed
 
-    def update(self, plan: StepPlan, sampled: Sequence[int], runtime: RuntimeConfig) -> list[tuple[Request, int]]:
+    def update(
+        self, plan: StepPlan, sampled: Sequence[int | Sequence[int]], runtime: RuntimeConfig
+    ) -> list[tuple[Request, int]]:
         """Take the tokens that a step sampled, in the order of its sampling parts; returns (request, token) pairs.
 
-        A token below 0 says that none could be chosen, which ends the request with an error.
+        A part whose guesses were verified gives several: those kept, whose KV is computed, and one more. A token below
+        0 says that none could be chosen, which ends the request with an error.
         """
-        tokens = iter(sampled)
+        entries = iter(sampled)
         news = []
         caching, size = runtime.prefix_caching, self.kv.block_size
         for part in plan.parts:
-            request = part.request
-            request.num_computed = part.start + part.count
-            if caching and request.caching and request.num_computed // size > request.num_hashed_blocks:
-                self.kv.commit(request)
+            request, reason = part.request, None
+            computed = part.start + part.count
             if part.samples:
-                token = next(tokens)
-                news.append((request, token))
-                if token >= 0:
-                    request.output_ids.append(token)
-                reason = self._finish_reason(request, token)
-                if reason is not None:
-                    self.end(request, reason)
+                entry = next(entries)
+                tokens = (entry,) if isinstance(entry, int) else entry
+                for place, token in enumerate(tokens):
+                    computed = part.start + part.count + place
+                    news.append((request, token))
+                    if token >= 0:
+                        request.output_ids.append(token)
+                    reason = self._finish_reason(request, token)
+                    if reason is not None:
+                        break
+            request.num_computed = computed
+            if caching and request.caching and computed // size > request.num_hashed_blocks:
+                self.kv.commit(request)
+            if reason is not None:
+                self.end(request, reason)
         return news
 
     def end(self, request: Request, reason: FinishReason) -> None:

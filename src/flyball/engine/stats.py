@@ -25,6 +25,10 @@ class EngineStats:
     out_of_memory: int = 0  # steps given up for want of memory
     finished: dict[str, int] = field(default_factory=dict)  # answers by finish reason
     refused: dict[str, int] = field(default_factory=dict)  # requests by reason: queue_full, too_long, invalid
+    spec_drafts: int = 0  # guesses of one or more tokens that were verified
+    spec_draft_tokens: int = 0
+    spec_accepted_tokens: int = 0
+    spec_accepted_at: tuple[int, ...] = ()  # kept tokens by place in the guess
     tokens_per_s: float = 0.0  # computed lately, prompt and output, while steps ran; 0: nothing measured yet
     last_step_s: float = 0.0  # monotonic time of the last step's end
     progress_s: float = 0.0  # monotonic time when work last advanced, or arrived at an idle engine: the heartbeat

@@ -1,8 +1,9 @@
-"""Train the small real models that ship with the package: tokenizer, target and draft, from plain text.
+"""Train the small real models that ship with the package: tokenizer, target, draft and Medusa heads, from plain text.
 
 The recipe is data (`Recipe`) and every random number comes from its seed, so that a run can be repeated. The draft is
 distilled: it learns the target's whole next-token distribution on the same text, which is what speculative decoding
-needs (Hinton et al. 2015, arXiv:1503.02531; Leviathan et al. 2023, arXiv:2211.17192).
+needs (Hinton et al. 2015, arXiv:1503.02531; Leviathan et al. 2023, arXiv:2211.17192). So are the heads, on a frozen
+target.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from flyball.core.clock import Clock
 from flyball.core.errors import InvalidInput
+from flyball.engine.speculation.heads import MedusaHeads
 
 END, USER, ASSISTANT, SYSTEM = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
@@ -52,6 +54,10 @@ class Recipe:
     draft_intermediate: int = 384
     draft_steps: int = 1500
     draft_lr: float = 4e-3
+    medusa_heads: int = 3
+    medusa_inner: int = 512
+    medusa_steps: int = 600
+    medusa_lr: float = 1e-3
     weight_decay: float = 0.1
     clip: float = 1.0
     chat_share: float = 0.25  # share of documents written as one turn of a chat
@@ -62,7 +68,7 @@ PRESETS = {
     "demo": Recipe(),
     "ci": Recipe(target_steps=30, draft_steps=20, hidden=64, layers=2, heads=2, kv_heads=1, intermediate=128,
                  draft_hidden=64, draft_heads=1, draft_intermediate=128, max_positions=256, sequence_tokens=64,
-                 batch_tokens=512),
+                 batch_tokens=512, medusa_inner=64, medusa_steps=10),
 }  # fmt: skip
 
 Progress = Callable[[str, int, int, float], None]  # stage, step, steps, loss (nats a token)
@@ -249,6 +255,40 @@ def distil_draft(target: LlamaForCausalLM, ids: Tensor, recipe: Recipe, progress
     return model.eval()
 
 
+def train_medusa(target: LlamaForCausalLM, ids: Tensor, recipe: Recipe, progress: Progress) -> MedusaHeads:
+    """Train heads on the frozen target: each to what the target itself says further on in the same text."""
+    torch.manual_seed(recipe.seed + 2)
+    heads = MedusaHeads(heads=recipe.medusa_heads, hidden=recipe.hidden, inner=recipe.medusa_inner)
+
+    def loss_of(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = target.model(x, use_cache=False)[0]
+            wanted = F.linear(hidden, target.lm_head.weight).log_softmax(-1)
+        losses = []
+        for h, states in enumerate(heads(hidden)):
+            got = F.linear(states[:, : -h - 2], target.lm_head.weight.detach()).log_softmax(-1)
+            kl = F.kl_div(got.flatten(0, 1), wanted[:, h + 1 : -1].flatten(0, 1), log_target=True,
+                          reduction="batchmean")  # fmt: skip
+            losses.append(0.8**h * (0.8 * kl + 0.2 * F.nll_loss(got.flatten(0, 1), x[:, h + 2 :].flatten())))
+        return torch.stack(losses).sum()
+
+    _optimise(heads, loss_of, ids, recipe, stage="medusa", steps=recipe.medusa_steps, lr=recipe.medusa_lr,
+              long_share=0.0, progress=progress)  # fmt: skip
+    return heads.eval()
+
+
+@torch.no_grad()
+def medusa_agreement(target: LlamaForCausalLM, heads: MedusaHeads, ids: Tensor, length: int) -> list[float]:
+    """How often each head's first choice is the target's own, given the text."""
+    x = torch.stack([ids[s : s + length] for s in torch.linspace(0, len(ids) - length - 1, 16).long().tolist()])
+    hidden = target.model(x, use_cache=False)[0]
+    wanted = F.linear(hidden, target.lm_head.weight).argmax(-1)
+    return [
+        float((F.linear(states[:, : -h - 2], target.lm_head.weight).argmax(-1) == wanted[:, h + 1 : -1]).float().mean())
+        for h, states in enumerate(heads(hidden))
+    ]
+
+
 @torch.no_grad()
 def acceptance(target: LlamaForCausalLM, draft: LlamaForCausalLM, ids: Tensor, length: int) -> float:
     """Expected share of draft tokens that speculative sampling accepts at temperature 1: mean of sum(min(p, q))."""
@@ -260,7 +300,7 @@ def acceptance(target: LlamaForCausalLM, draft: LlamaForCausalLM, ids: Tensor, l
 def train_tiny(
     paths: Sequence[Path], out: Path, recipe: Recipe, progress: Progress, *, clock: Clock, sources: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Train tokenizer, target and draft, and write `out/target` and `out/draft` in Hugging Face format (bf16).
+    """Train all parts; write `out/target` and `out/draft` in Hugging Face format, and `out/medusa`, in bfloat16.
 
     Returns the held-out figures that the model card states: losses in nats a token, bits a byte, acceptance, minutes.
     """
@@ -281,6 +321,8 @@ def train_tiny(
     _save(target, tokenizer, out / "target")
     draft = distil_draft(target, train_ids, recipe, progress)
     _save(draft, tokenizer, out / "draft")
+    heads = train_medusa(target, train_ids, recipe, progress)
+    heads.save(out / "medusa")
     saved = [
         AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval() for name in ("target", "draft")
     ]
@@ -296,6 +338,8 @@ def train_tiny(
         "target_bits_per_byte": target_loss / math.log(2) / bytes_per_token,
         "draft_loss_nats": draft_loss,
         "draft_acceptance": acceptance(saved[0], saved[1], valid_ids, length),
+        "medusa_parameters": sum(p.numel() for p in heads.parameters()),
+        "medusa_first_agreement": medusa_agreement(target, heads, valid_ids, length)[0],
         "minutes": (clock.now_s() - started_s) / 60,
     }
     card = {"recipe": asdict(recipe), "sources": list(sources or [p.name for p in paths]), "figures": figures}
