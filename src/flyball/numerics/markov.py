@@ -14,6 +14,9 @@ N           [C]       states of the head: the most that are served at once
 Q           [C]       places for those who wait
 log_mu_sum  [C, Nmax] log_mu_sum[k] = sum of log(mu(j)) for j = 1..k, k = 0..N-1; +inf past the end of a shorter row
 log_mu_last [C, 2]    that sum for k = N, and log(mu(N))
+tail        [C]       exponent of r among those who wait: 1 for exponential service, 2 / (1 + cv²) for another variation
+                      (the workload's decay; that anybody waits does not depend on it: Zhang, Dai and Zwart, Diffusion
+                      limits of limited processor sharing queues, Annals of Applied Probability 21(2), 2011)
 lam         [C, R]    arrival rates
 """
 
@@ -49,9 +52,10 @@ class ServiceRates:
     log_mu_last: Floats
     servers: Ints
     places: Ints
+    tail: Floats
 
     @classmethod
-    def of(cls, mu: Floats, servers: Ints, places: Ints) -> ServiceRates:
+    def of(cls, mu: Floats, servers: Ints, places: Ints, tail: Floats | None = None) -> ServiceRates:
         """Prepare rates mu [C, Nmax], mu[:, k-1] being the rate with k present (any value past a row's N).
 
         >>> one = ServiceRates.of(np.array([[1.0]]), np.array([1]), np.array([9]))  # M/M/1/10
@@ -64,11 +68,29 @@ class ServiceRates:
         head = np.concatenate((np.zeros((len(mu), 1)), total[:, :-1]), axis=1)
         head[np.arange(mu.shape[1]) >= servers[:, None]] = np.inf
         last = np.stack((total[rows, servers - 1], np.log(mu[rows, servers - 1])), axis=1)
-        return cls(head, last, servers, places)
+        return cls(head, last, servers, places, np.ones(len(mu)) if tail is None else tail)
 
     def take(self, rows: Ints) -> ServiceRates:
         """Some of the queues."""
-        return ServiceRates(self.log_mu_sum[rows], self.log_mu_last[rows], self.servers[rows], self.places[rows])
+        return ServiceRates(
+            self.log_mu_sum[rows], self.log_mu_last[rows], self.servers[rows], self.places[rows], self.tail[rows]
+        )
+
+    def distribution(self, lam: Floats) -> tuple[Floats, Floats]:
+        """The stationary law at one rate each [C]: p[k] for k = 0..N-1 (0 past a row's end), and log r of its tail.
+
+        From k = N on, p[N + i] is proportional to r^i, i = 0..Q, and sums to what the head leaves.
+        """
+        n, q = self.servers.astype(np.float64), self.places.astype(np.float64)
+        log_lam, states = np.log(lam), np.arange(self.log_mu_sum.shape[1], dtype=np.float64)
+        head = log_lam[:, None] * states - self.log_mu_sum
+        log_r = log_lam - self.log_mu_last[:, 1]
+        first = n * log_lam - self.log_mu_last[:, 0]  # of the tail
+        sums, _ = geometric_sums(-np.abs(log_r), q + 1)
+        whole = first + np.log(sums) + np.maximum(log_r, 0.0) * q
+        scale = np.maximum(head.max(axis=1), whole)
+        head = np.exp(head - scale[:, None])
+        return head / (head.sum(axis=1) + np.exp(whole - scale))[:, None], log_r * self.tail
 
 
 def geometric_sums(log_r: Floats, terms: Floats) -> tuple[Floats, Floats]:
@@ -89,6 +111,18 @@ def geometric_sums(log_r: Floats, terms: Floats) -> tuple[Floats, Floats]:
     return plain, weighted
 
 
+def _tail_sums(log_r: Floats, q: Floats) -> tuple[Floats, Floats, Floats]:
+    """Over i = 0..Q the sums of r^i, of those but the last, and of i r^i, relative to the largest term."""
+    r = np.exp(-np.abs(log_r))
+    before, before_weighted = geometric_sums(-np.abs(log_r), np.broadcast_to(q, r.shape))  # Q terms; the tail has Q + 1
+    end = np.exp(-np.abs(log_r) * q)
+    rising = log_r > 0
+    tail_sum = np.where(rising, 1 + r * before, before + end)
+    tail_open = np.where(rising, r * before, before)  # without state K, where arrivals are turned away
+    all_sum, all_weighted = before + end, before_weighted + q * end
+    return tail_sum, tail_open, np.where(rising, q * all_sum - all_weighted, all_weighted)
+
+
 def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
     """Solve every queue at its arrival rates (> 0, however large): no overflow, no cancellation, no loop over states.
 
@@ -106,14 +140,12 @@ def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
     head_sum, head_mean = head.sum(axis=2), np.einsum("crk,k->cr", head, states)  # no BLAS: its threads cost more
     tail = np.exp(tail - scale)
 
-    r = np.exp(-np.abs(log_r))
-    before, before_weighted = geometric_sums(-np.abs(log_r), np.broadcast_to(q, r.shape))  # Q terms; the tail has Q + 1
-    end = np.exp(-np.abs(log_r) * q)
-    rising = log_r > 0
-    tail_sum = np.where(rising, 1 + r * before, before + end)
-    tail_open = np.where(rising, r * before, before)  # without state K, where arrivals are turned away
-    all_sum, all_weighted = before + end, before_weighted + q * end
-    tail_waiting = np.where(rising, q * all_sum - all_weighted, all_weighted)
+    tail_sum, tail_open, tail_waiting = _tail_sums(log_r, q)
+    bent = service.tail[:, None] != 1
+    if bent.any():  # as many are there as with exponential service, but spread otherwise
+        own_sum, own_open, own_waiting = _tail_sums(log_r * service.tail[:, None], q)
+        tail_open = np.where(bent, tail_sum * (own_open / own_sum), tail_open)
+        tail_waiting = np.where(bent, tail_sum * (own_waiting / own_sum), tail_waiting)
 
     total = head_sum + tail * tail_sum
     return Occupancy(

@@ -8,13 +8,14 @@ their sources and limits: docs/theory/queueing.md).
 
 symbol   shape   meaning                                                      unit
 n, m     [C]     mean tokens in and out of a request
+h        [C]     share of a prompt that is found in the cache: (1 - h) n tokens are computed
 d        [C]     decode steps: m, or m - 1 where the last prefill step emits the first token
 N, Q     [C]     most requests in service; most that wait
 M        [C]     most tokens computed in a step
 c(B)             chunks that a prompt is cut into when B are in service: the smallest c with
-                 (c + d) (M - n / c) / (n + d) >= B
-w_pre(c)         own prefill work, (beta + gamma (c + 1) / 2) n                s
-w_dec    [C]     own decode work, beta d + gamma d (n + (d + 1) / 2)           s
+                 (c + d) (M - n / c) / (n + d) >= B, with (1 - h) n for n
+w_pre(c)         own prefill work, (beta + gamma (c + 1) / 2) (1 - h) n + gamma c h n                         s
+w_dec    [C]     own decode work, beta d + gamma d (n + (d + 1 + d cv²) / 2); cv of m, 0 where not stated     s
 delta(c)         mean own work a step, (w_pre + w_dec) / (c + d)              s
 tau(B)           life in a batch of B, (c + d) (alpha + B delta)              s
 mu(B)            rate of service with B, B / tau(B)                           1/s
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flyball.numerics.markov import Floats, Ints, ServiceRates, occupancy
-from flyball.performance.queueing import Metrics, Queues, Replicas, take_rows
+from flyball.performance.queueing import Anatomy, Metrics, Queues, Replicas, take_rows
 
 _RATE_MARGIN = 1e-3  # sizing stays this far inside the range of rates (as the original does)
 _NEXT_TO_NOTHING = 1e-15  # stands for 0 where 0 / 0 has a limit: tokens, and load relative to the smallest rate
@@ -52,13 +53,16 @@ class Life:
     n: Floats
     d: Floats
     step_tokens: Floats
+    prompt: Floats  # (1 - h) n
+    older: Floats  # d cv²: longer answers weigh more, and hold more cache
 
     def chunks(self, batch: Floats) -> Floats:
         """c(B): the positive root of M c² + (M d - n - B (n + d)) c - n d = 0, rounded up, then made exact."""
-        cut = batch > _batch_allowed(1.0, self.n, self.d, self.step_tokens)
+        cut = batch > _batch_allowed(1.0, self.prompt, self.d, self.step_tokens)
         chunks = np.ones(cut.shape)
         if cut.any():
-            n, d, limit, b = (np.broadcast_to(v, cut.shape)[cut] for v in (self.n, self.d, self.step_tokens, batch))
+            given = (self.prompt, self.d, self.step_tokens, batch)
+            n, d, limit, b = (np.broadcast_to(v, cut.shape)[cut] for v in given)
             half = (limit * d - n - b * (n + d)) / 2
             c = np.maximum(np.ceil((np.sqrt(half * half + limit * n * d) - half) / limit), 2.0)
             c = np.where(_batch_allowed(c - 1, n, d, limit) >= b, c - 1, c)
@@ -68,11 +72,12 @@ class Life:
     @property
     def token_work(self) -> Floats:
         """Own work of one decode step, w_dec / d."""
-        return self.beta + self.gamma * (self.n + (self.d + 1) / 2)
+        return self.beta + self.gamma * (self.n + (self.d + 1 + self.older) / 2)
 
     def prefill_work(self, c: Floats) -> Floats:
         """w_pre(c)."""
-        return (self.beta + self.gamma * (c + 1) / 2) * self.n
+        found = self.n - self.prompt
+        return (self.beta + self.gamma * (c + 1) / 2) * self.prompt + self.gamma * c * found
 
     def added(self, c: Floats) -> Floats:
         """delta(c)."""
@@ -130,6 +135,7 @@ class _V3Queues:
     compat: bool
     reading: Reading
     life: Life
+    lengths: Floats  # [C, 2] variation of those in and out, nowhere NaN
     service: ServiceRates
     valid: NDArray[np.bool_]
     min_rate_rps: Floats
@@ -177,9 +183,41 @@ class _V3Queues:
     def take(self, rows: Ints) -> _V3Queues:
         """Some of the replicas."""
         return _V3Queues(
-            self.compat, self.reading, take_rows(self.life, rows), self.service.take(rows), self.valid[rows],
-            self.min_rate_rps[rows], self.max_rate_rps[rows], self.capacity_rps[rows], self.best_batch[rows],
+            self.compat, self.reading, take_rows(self.life, rows), self.lengths[rows], self.service.take(rows),
+            self.valid[rows], self.min_rate_rps[rows], self.max_rate_rps[rows], self.capacity_rps[rows],
+            self.best_batch[rows],
         )  # fmt: skip
+
+    def anatomy(self) -> Anatomy:
+        """Prefill and decode times for every batch."""
+        batch = np.arange(1.0, self.service.servers.max() + 1)[None, :]
+        shared, own, gap = _parts(self.life, batch)
+        return Anatomy(
+            shared_s=shared,
+            own_s=own,
+            gap_s=gap,
+            decodes=self.life.d[:, 0],
+            first_decoded=self.reading is first_token_decoded,
+            input_cv=self.lengths[:, 0],
+            output_cv=self.lengths[:, 1],
+            service=self.service,
+        )
+
+
+def _parts(life: Life, batch: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of a prefill what others and what oneself make it take, and a decode step, in a batch; they add up to tau."""
+    c = life.chunks(batch)
+    background = life.background(c, batch)
+    return c * background, life.prefill_work(c), background + life.token_work
+
+
+def _tail(life: Life, r: Replicas) -> Floats:
+    """[C] 2 / (1 + cv²) of a life in a full batch; 1 (an exponential life) where no variation is stated."""
+    shared, own, gap = (v[:, 0] for v in _parts(life, r.max_batch[:, None].astype(np.float64)))
+    decode = life.d[:, 0] * gap
+    variance = np.square(decode * r.output_cv) + np.square(own * r.input_cv)
+    tail: Floats = 2 / (1 + variance / np.square(shared + own + decode))
+    return np.where(np.isnan(tail), 1.0, tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +232,9 @@ class ChunkedPrefill:
         """Service rates for every batch of every replica."""
         r = replicas
         d = np.maximum(r.output_tokens - self.decode_steps_saved, 0.0)
-        life = Life(*(v[:, None] for v in (r.alpha_s, r.beta_s, r.gamma_s, r.input_tokens, d, r.max_step_tokens)))
+        prompt, older = r.input_tokens * (1 - r.prefix_hit), d * np.nan_to_num(r.output_cv) ** 2
+        fields = (r.alpha_s, r.beta_s, r.gamma_s, r.input_tokens, d, r.max_step_tokens, prompt, older)
+        life = Life(*(v[:, None] for v in fields))
         batch = np.arange(1.0, r.max_batch.max() + 1)[None, :]
         mu = life.rates(batch)
         within = np.where(batch <= r.max_batch[:, None], mu, 0.0)
@@ -204,7 +244,8 @@ class ChunkedPrefill:
             compat=self.compat,
             reading=self.reading,
             life=life,
-            service=ServiceRates.of(mu, r.max_batch, r.max_queue),
+            lengths=np.stack((np.nan_to_num(r.input_cv), np.where(np.isnan(r.output_cv), 1.0, r.output_cv)), axis=1),
+            service=ServiceRates.of(mu, r.max_batch, r.max_queue, _tail(life, r)),
             valid=(r.max_batch + r.max_queue > 1) | (not self.compat),
             min_rate_rps=mu[:, 0] * _RATE_MARGIN,
             max_rate_rps=capacity * (1 - _RATE_MARGIN),

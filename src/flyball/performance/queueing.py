@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from typing import Protocol, Self, TypeVar, cast
+from typing import Protocol, Self, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from flyball.core.errors import InvalidInput
-from flyball.numerics.markov import Floats, Ints
+from flyball.numerics.markov import Floats, Ints, ServiceRates
 
 _GROUP = "flyball.queue_models"
 _BUILT_IN = {
@@ -52,6 +52,9 @@ class Replicas:
     max_queue: Ints  # most that wait
     max_step_tokens: Floats  # most tokens computed in a step
     delta_s: Floats  # a fourth parameter, of laws that have one (v1)
+    prefix_hit: Floats  # share of a prompt whose keys and values are found in the cache
+    input_cv: Floats  # coefficient of variation of lengths; NaN: not stated (equal prompts, exponential service)
+    output_cv: Floats
 
     @classmethod
     def of(
@@ -66,6 +69,9 @@ class Replicas:
         max_queue: ArrayLike,
         max_step_tokens: ArrayLike = 0.0,
         delta_s: ArrayLike = 0.0,
+        prefix_hit: ArrayLike = 0.0,
+        input_cv: ArrayLike = np.nan,
+        output_cv: ArrayLike = np.nan,
     ) -> Self:
         """Numbers or arrays, brought to one length; a step limit of 0 means the default."""
         numbers = (
@@ -78,8 +84,11 @@ class Replicas:
             max_queue,
             max_step_tokens,
             delta_s,
+            prefix_hit,
+            input_cv,
+            output_cv,
         )
-        a, b, g, n, m, batch, queue, step, delta = np.broadcast_arrays(
+        a, b, g, n, m, batch, queue, step, delta, hit, cv_in, cv_out = np.broadcast_arrays(
             *(np.atleast_1d(np.asarray(v, float)) for v in numbers)
         )
         step = np.where(step > 0, step, DEFAULT_STEP_TOKENS)
@@ -87,14 +96,16 @@ class Replicas:
             ("alpha_s", a, 0), ("beta_s", b, 0), ("gamma_s", g, 0), ("input_tokens", n, 0), ("output_tokens", m, 0),
             ("input_tokens + output_tokens", n + m, 1e-9), ("alpha_s + beta_s + gamma_s", a + b + g, 1e-300),
             ("max_batch", batch, 1), ("max_queue", queue, 0), ("max_step_tokens", step, 1),
-            ("delta_s", delta, 0),
+            ("delta_s", delta, 0), ("prefix_hit", hit, 0), ("prompt share that must be computed", 1 - hit, 0),
+            ("input_cv", np.where(np.isnan(cv_in), 0.0, cv_in), 0),
+            ("output_cv", np.where(np.isnan(cv_out), 0.0, cv_out), 0),
         ):  # fmt: skip
             bad = ~(np.isfinite(array) & (array >= low))
             if bad.any():
                 raise InvalidInput(f"a replica's {name} is {array[bad][0]:g}; give a finite number of at least {low:g}")
         if (batch > MOST_AT_ONCE).any():
             raise InvalidInput(f"a replica's max_batch is {batch.max():g}; give at most {MOST_AT_ONCE}")
-        return cls(a, b, g, n, m, batch.astype(np.int64), queue.astype(np.int64), step, delta)
+        return cls(a, b, g, n, m, batch.astype(np.int64), queue.astype(np.int64), step, delta, hit, cv_in, cv_out)
 
     def __len__(self) -> int:
         return len(self.alpha_s)
@@ -157,6 +168,29 @@ class Queues(Protocol):
 
     def take(self, rows: Ints) -> Queues:
         """Some of the replicas."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Anatomy:
+    """A request's time in service, part by part, for every batch b = 1..B; arrays [C, B] or [C]."""
+
+    shared_s: Floats  # of a prefill: what the others' work makes it take
+    own_s: Floats  # of a prefill: what grows with one's own prompt
+    gap_s: Floats  # of a decode step
+    decodes: Floats  # [C] decode steps, on average
+    first_decoded: bool  # the first decode step emits the first token, not the prefill
+    input_cv: Floats  # [C] variation of lengths, nowhere NaN
+    output_cv: Floats
+    service: ServiceRates
+
+
+@runtime_checkable
+class Dissectable(Protocol):
+    """Queues that know more than means: what percentiles are computed from (`flyball.performance.percentiles`)."""
+
+    def anatomy(self) -> Anatomy:
+        """The parts of a request's time."""
         ...
 
 

@@ -1,0 +1,192 @@
+"""Percentiles of TTFT, ITL and E2E: what a request goes through, sampled evenly from the chain's stationary law.
+
+A request that comes finds k others with the chain's own probability (Poisson arrivals see time averages: Wolff, 1982).
+With a place in the batch it starts at once, k + 1 in service; else it waits for k - N + 1 to leave, each after an
+exponential time of mean 1 / mu(N), so its wait is an Erlang variable. Its prefill takes what the batch it joins makes
+it take. Over its decode steps the batch moves on from there: the speed 1 / gap is an Ornstein-Uhlenbeck process
+with the mean and variance that requests in service see, and the batch's own time of relaxation. The points are a fixed
+quasi-random set, so the same question always has the same answer. Checked against a simulation of the requests
+(`flyball.performance.requests`) in benchmarks/percentiles.py; limits: docs/theory/queueing.md.
+
+symbol   shape   meaning
+S                points
+k        [S]     requests that one finds
+W        [S]     wait, s
+v        [S]     steps per second of one's own decode; vbar, var: mean and variance that a request in service sees
+theta            relaxation of the batch, 1/s: arrivals over the variance of the batch (as in M/M/inf)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import gammaincinv, ndtri
+
+from flyball.core.errors import InvalidInput
+from flyball.numerics.markov import Floats
+from flyball.numerics.quasirandom import kronecker
+from flyball.performance.queueing import Anatomy, Dissectable, Queues
+
+POINTS = 4096
+LEVELS = (50.0, 90.0, 99.0)
+_ROUNDS = 6  # of the fixed point for the time that decode steps take
+_IDLE_RPS = 1e-9  # stands for no load
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Percentiles:
+    """Of replicas at their loads: arrays [C, L] in the order of the levels asked for, and means [C]."""
+
+    ttft_s: Floats
+    itl_s: Floats  # of all gaps between tokens
+    e2e_s: Floats
+    mean_ttft_s: Floats
+    mean_itl_s: Floats
+    mean_e2e_s: Floats
+
+
+def percentiles(queues: Queues, rates_rps: Floats, levels: Sequence[float] = LEVELS) -> Percentiles:
+    """Percentiles of admitted requests at one arrival rate each, [C].
+
+    >>> from flyball.performance.queueing import Replicas, queue_model
+    >>> one = Replicas.of(alpha_s=.012, beta_s=5e-5, gamma_s=5e-7, input_tokens=128, output_tokens=512,
+    ...                   max_batch=48, max_queue=128)
+    >>> seen = percentiles(queue_model("v3").prepare(one), np.array([3.5]))
+    >>> print(" ".join(f"{v:.2f}" for v in seen.ttft_s[0]))  # P50, P90, P99 of a mean of 0.81
+    0.05 2.81 9.33
+    """
+    if not isinstance(queues, Dissectable):
+        raise InvalidInput("this queue model tells means only; use v3 or v3-engine for percentiles")
+    if not all(0 < level < 100 for level in levels):
+        raise InvalidInput(f"percentiles {list(levels)} are asked for; give numbers between 0 and 100")
+    anatomy = queues.anatomy()
+    means = queues.analyze(rates_rps)
+    head, log_r = anatomy.service.distribution(np.maximum(rates_rps, _IDLE_RPS))
+    rows = [_Row.of(anatomy, c, head[c], float(log_r[c])) for c in range(len(head))]
+    accepted = 1 - means.loss
+    admitted = np.maximum(rates_rps * accepted, _IDLE_RPS).tolist()
+    seen = [row.requests(rate) for row, rate in zip(rows, admitted, strict=True)]
+    gaps = [row.gaps(levels) for row in rows]
+    ttft, e2e = np.array([s[0] for s in seen]), np.array([s[1] for s in seen])
+    return Percentiles(
+        ttft_s=np.percentile(ttft, levels, axis=1).T,
+        itl_s=np.array([g[0] for g in gaps]),
+        e2e_s=np.percentile(e2e, levels, axis=1).T,
+        mean_ttft_s=ttft.mean(axis=1),
+        mean_itl_s=np.array([g[1] for g in gaps]),
+        mean_e2e_s=e2e.mean(axis=1),
+    )
+
+
+@lru_cache(maxsize=64)
+def _lengths(cv: float, column: int) -> Floats:
+    """[S] Lengths relative to their mean, gamma distributed (cv 1: exponential; 0: all equal)."""
+    u = kronecker(POINTS, 5)[:, column]
+    if cv == 0:
+        return np.ones(POINTS)
+    shape = cv**-2
+    return np.asarray(gammaincinv(shape, u) / shape, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Row:
+    """One replica at one load."""
+
+    batch: Floats  # [N + 1] probability of 0..N in service
+    shared: Floats  # [N] and so on: see Anatomy
+    own: Floats
+    gap: Floats
+    decodes: float
+    first_decoded: bool
+    cv: tuple[float, float]
+    places: int
+    log_r: float
+    leaving_rps: float  # mu(N)
+
+    @classmethod
+    def of(cls, a: Anatomy, c: int, head: Floats, log_r: float) -> _Row:
+        n = int(a.service.servers[c])
+        waiting_or_full = max(1 - float(head[:n].sum()), 0.0)
+        return cls(
+            batch=np.append(head[:n], waiting_or_full),
+            shared=a.shared_s[c, :n],
+            own=a.own_s[c, :n],
+            gap=a.gap_s[c, :n],
+            decodes=float(a.decodes[c]),
+            first_decoded=a.first_decoded,
+            cv=(float(a.input_cv[c]), float(a.output_cv[c])),
+            places=int(a.service.places[c]),
+            log_r=log_r,
+            leaving_rps=float(np.exp(a.service.log_mu_last[c, 1])),
+        )
+
+    def requests(self, admitted_rps: float) -> tuple[Floats, Floats]:
+        """[S] TTFT and [S] E2E of admitted requests."""
+        u = kronecker(POINTS, 5)
+        entered, wait = self._entry(u[:, 0], u[:, 1])
+        prompt, answer = _lengths(self.cv[0], 2), _lengths(self.cv[1], 3)
+        prefill = self.shared[entered] + self.own[entered] * prompt
+        first = wait + prefill
+        decode = self._decode(entered, self.decodes * answer, ndtri(u[:, 4]), admitted_rps)
+        if self.first_decoded and self.decodes:
+            return first + self.gap[entered], first + decode
+        return first, first + decode
+
+    def _entry(self, u: Floats, v: Floats) -> tuple[Floats, Floats]:
+        """The batch (less 1) that a request joins, and its wait."""
+        n = len(self.gap)
+        head = np.cumsum(self.batch[:n])
+        turned_away = self._tail_share(self.places) * self.batch[n]
+        at = u * (1 - turned_away)
+        entered = np.searchsorted(head, at, side="right")
+        wait = np.zeros(len(u))
+        late = entered >= n
+        if late.any():
+            inside = (at[late] - head[-1]) / max(self.batch[n] - turned_away, 1e-300)
+            ahead = self._position(np.clip(inside, 0.0, 1 - 1e-12))
+            wait[late] = gammaincinv(ahead + 1.0, v[late]) / self.leaving_rps
+        return np.minimum(entered, n - 1), wait
+
+    def _tail_share(self, i: int) -> float:
+        """p[N + i] over the sum of the tail."""
+        powers = np.exp(self.log_r * np.arange(self.places + 1.0) - max(self.log_r, 0.0) * self.places)
+        return float(powers[i] / powers.sum())
+
+    def _position(self, u: Floats) -> Floats:
+        """How many wait already, geometric on 0..Q - 1."""
+        powers = np.exp(self.log_r * np.arange(self.places, dtype=np.float64) - max(self.log_r, 0.0) * self.places)
+        found: Floats = np.searchsorted(np.cumsum(powers) / powers.sum(), u, side="right").astype(np.float64)
+        return found
+
+    def _decode(self, entered: Floats, steps: Floats, z: Floats, admitted_rps: float) -> Floats:
+        """[S] Time that so many decode steps take."""
+        b = np.arange(1.0, len(self.gap) + 1)
+        weight, speed = b * self.batch[1:], 1 / self.gap
+        weight /= weight.sum()
+        vbar = float(weight @ speed)
+        var = float(weight @ np.square(speed - vbar))
+        spread = float(self.batch[1:] @ np.square(b)) - float(self.batch[1:] @ b) ** 2
+        theta = admitted_rps / max(spread, 1e-12)
+        start, time = speed[entered] - vbar, steps / vbar
+        for _ in range(_ROUNDS):
+            x = np.maximum(theta * time, 1e-6)
+            kept = -np.expm1(-x) / x  # of the first speed, in the mean over the time
+            moved = np.maximum(2 * x - 3 + 4 * np.exp(-x) - np.exp(-2 * x), 0.0) / np.square(x)
+            mean = vbar + start * kept + z * np.sqrt(var * moved)
+            time = steps / np.clip(mean, speed.min(), speed.max())
+        return time
+
+    def gaps(self, levels: Sequence[float]) -> tuple[Floats, float]:
+        """Percentiles over all gaps, and their mean: a batch of b yields b tokens a gap."""
+        if not self.decodes:
+            return np.zeros(len(levels)), 0.0
+        b = np.arange(1.0, len(self.gap) + 1)
+        tokens = self.batch[1:] * b / self.gap
+        tokens /= tokens.sum()
+        order = np.argsort(self.gap)
+        below = np.cumsum(tokens[order])
+        at = np.minimum(np.searchsorted(below, np.array(levels) / 100 * (1 - 1e-12)), len(b) - 1)
+        return self.gap[order][at], float(tokens @ self.gap)
