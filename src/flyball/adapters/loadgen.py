@@ -1,7 +1,8 @@
 """Open-loop load: each request leaves at its scheduled time whatever the server does, and its latency counts from then.
 
 One scheduler (`replay`) drives any `Sender`. `HttpSender` is the one for OpenAI-compatible servers (`/v1/completions`,
-streamed); an engine in process can be another. `HttpLoad` wraps both as `core.ports.Load`.
+streamed), `GenerateSender` the one for Triton's generate extension; an engine in process can be another. `HttpLoad`
+wraps them as `core.ports.Load`.
 
 Failed requests are counted by kind: timeout, connection (none, or lost before the reply), http_429, http_500, ...,
 stream_error (the server reports one in the stream), malformed (a chunk is not JSON), truncated (the stream ends before
@@ -23,6 +24,7 @@ from typing import Protocol
 import aiohttp
 
 from flyball.adapters.prompts import Prompts, as_text
+from flyball.adapters.server_facts import Protocols
 from flyball.core.clock import Clock, SystemClock
 from flyball.core.metrics import MetricsWindow, RequestTrace, Summary
 from flyball.core.ports import LoadProgress
@@ -193,8 +195,13 @@ class HttpSender:
 
     def send(self, request: RequestSpec, index: int) -> AsyncGenerator[Arrival, None]:
         """Encode the request; it leaves when the first arrival is asked for."""
-        body = self._fixed | {"prompt": self._prompt(request, index), "max_tokens": request.output_tokens}
-        return self._stream(json.dumps(body).encode())
+        return self._stream(json.dumps(self._body(request, index)).encode())
+
+    def _body(self, request: RequestSpec, index: int) -> dict[str, object]:
+        return self._fixed | {"prompt": self._prompt(request, index), "max_tokens": request.output_tokens}
+
+    def _events(self) -> _Events:
+        return _Events()
 
     async def _stream(self, body: bytes) -> AsyncGenerator[Arrival, None]:
         began = False
@@ -202,7 +209,7 @@ class HttpSender:
             async with self._session.post(self._url, data=body) as response:
                 await _check_status(response)
                 began = True
-                events = _Events()
+                events = self._events()
                 while data := await response.content.readany():
                     for arrival in events.feed(data):
                         yield arrival
@@ -217,6 +224,30 @@ class HttpSender:
     def _note(self, failed: RequestFailed) -> RequestFailed:
         self.failures.setdefault(failed.kind, failed.detail)
         return failed
+
+
+class GenerateSender(HttpSender):
+    """Sends requests to Triton's generate extension (`/v2/models/MODEL/generate_stream`), which takes text only.
+
+    Input names are those of the TensorRT-LLM backend's models: `text_input`, `max_tokens`, `stream`.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        *,
+        url: str,
+        model: str,
+        prompt: Callable[[RequestSpec, int], list[int] | str],
+    ) -> None:
+        super().__init__(session, url=url, model=model, prompt=prompt, extensions=False)
+        self._url = f"{url}/v2/models/{model}/generate_stream"
+
+    def _body(self, request: RequestSpec, index: int) -> dict[str, object]:
+        return {"text_input": self._prompt(request, index), "max_tokens": request.output_tokens, "stream": True}
+
+    def _events(self) -> _Events:
+        return _GenerateEvents()
 
 
 async def _check_status(response: aiohttp.ClientResponse) -> None:
@@ -273,6 +304,24 @@ class _Events:
             raise RequestFailed("malformed", f"{payload[:200]!r}: {error}") from None
 
 
+class _GenerateEvents(_Events):
+    """Triton's stream: an event a token, without counts, over when the connection says so."""
+
+    def end(self) -> None:
+        """Any end after an event is one."""
+        if not self._seen:
+            raise RequestFailed("empty", "the stream ended before its first token")
+
+    def _arrival(self, payload: bytes) -> Arrival | None:
+        try:
+            event = _decode(payload.decode())
+            if event.get("error"):
+                raise RequestFailed("stream_error", str(event["error"])[:500])
+            return _ONE_TOKEN if event["text_output"] else None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RequestFailed("malformed", f"{payload[:200]!r}: {error}") from None
+
+
 def _new_tokens(choice: dict[str, object]) -> int:
     """Tokens in one event; where their ids are not listed, some text counts as one."""
     token_ids = choice.get("token_ids")
@@ -296,6 +345,7 @@ class HttpLoad:
     warmup: int = 0  # requests sent, all at once, before the workload; not counted
     timeout_s: float = 600.0  # for one request
     extensions: bool = True
+    protocol: Protocols = "openai"
     api_key: str | None = None
     clock: Clock = field(default_factory=SystemClock)
     failures: dict[str, str] = field(default_factory=dict, init=False)  # of the last run: first message by kind
@@ -318,7 +368,7 @@ class HttpLoad:
             headers["Authorization"] = f"Bearer {self.api_key}"
         unlimited = aiohttp.ClientTimeout(total=None)  # replay has its own, for every sender
         async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=unlimited) as session:
-            sender = HttpSender(session, url=self.url, model=self.model, prompt=prompt, extensions=self.extensions)
+            sender = self._sender(session, prompt)
             if self.warmup:
                 await self._warm_up(sender, workload)
             self.failures = sender.failures = {}
@@ -332,9 +382,16 @@ class HttpLoad:
                 progress=progress,
             )
 
+    def _sender(
+        self, session: aiohttp.ClientSession, prompt: Callable[[RequestSpec, int], list[int] | str]
+    ) -> HttpSender:
+        if self.protocol == "triton":
+            return GenerateSender(session, url=self.url, model=self.model, prompt=prompt)
+        return HttpSender(session, url=self.url, model=self.model, prompt=prompt, extensions=self.extensions)
+
     def _prompts(self) -> Callable[[RequestSpec, int], list[int] | str]:
         seed = (self.prompt_seed, self._runs)
-        if self.vocab_size is not None:
+        if self.vocab_size is not None and self.protocol == "openai":
             return Prompts(seed=seed, vocab_size=self.vocab_size).token_ids
         words = Prompts(seed=seed, vocab_size=2**16)
         return lambda request, index: as_text(words.token_ids(request, index))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from flyball.core.errors import EngineFailed, InvalidInput
 from flyball.core.knobs import Value
 
+Protocols = Literal["openai", "triton"]  # /v1/completions, or /v2/models/MODEL/generate_stream
 UNVERSIONED = "unversioned"  # the generation of a server that does not tell its configuration
 
 
@@ -23,6 +24,7 @@ class ServerFacts:
     vocab_size: int | None = None
     max_model_len: int | None = None
     generation: str = UNVERSIONED
+    protocol: Protocols = "openai"
     configuration: Mapping[str, Value] = field(default_factory=dict)
 
 

@@ -156,7 +156,7 @@ def run(
         load = _DoubtedLoad(HttpLoad(
             url=facts.url, model=facts.model, vocab_size=vocab_size or facts.vocab_size,
             prompt_seed=secrets.randbits(32) if prompt_seed is None else prompt_seed, timeout_s=timeout,
-            extensions=extensions, api_key=api_key,
+            extensions=extensions, protocol=facts.protocol, api_key=api_key,
         ))  # fmt: skip
         first = workload(0)
         rig = Rig(

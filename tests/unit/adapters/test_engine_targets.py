@@ -17,9 +17,14 @@ import httpx
 import pytest
 
 from conformance.target import TargetConformance
+from flyball.adapters.engines.spawned import SpawnedTarget
 from flyball.adapters.engines.targets import TargetOptions, make_target
+from flyball.adapters.engines.triton import TritonTarget
+from flyball.adapters.loadgen import HttpLoad
 from flyball.core.errors import EngineFailed, InvalidInput, InvalidKnob
 from flyball.core.ports import EngineTarget
+from flyball.core.slo import Slo
+from flyball.core.workload import RequestSpec, Workload
 from flyball.tuner.space import Lattice
 from helpers.stub_engines import install
 
@@ -262,7 +267,10 @@ def test_kill_9_of_the_tuner_leaves_no_engine_behind(environment: Path, tmp_path
     script = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from flyball.adapters.engines.targets import TargetOptions, make_target
+        from flyball.adapters.engines.spawned import SpawnedTarget
+from flyball.adapters.engines.targets import TargetOptions, make_target
+from flyball.adapters.engines.triton import TritonTarget
+from flyball.adapters.loadgen import HttpLoad
         target = make_target({wanted!r})
         target.apply({{}})
         Path({str(ready)!r}).write_text(str(target._child.pid))
@@ -308,3 +316,19 @@ def test_what_is_missing_is_one_sentence(wanted: TargetOptions, said: str) -> No
     """Nothing is started for a mistake in the options."""
     with pytest.raises(InvalidInput, match=said):
         make_target(wanted)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "triton"])
+def test_the_load_generator_speaks_each_engines_protocol(environment: Path, engine: str) -> None:
+    """Every request completes with the tokens it asked for, and the engine counts as many as the client."""
+    workload = Workload(
+        requests=tuple(RequestSpec(arrival_s=i / 50, input_tokens=4, output_tokens=3) for i in range(5)), source="five"
+    )
+    with make_target(options(environment, engine)) as target:
+        generation = target.apply({})
+        assert isinstance(target, SpawnedTarget | TritonTarget)
+        facts = target.facts()
+        load = HttpLoad(url=facts.url, model=facts.model, vocab_size=facts.vocab_size, protocol=facts.protocol)
+        window = load.run(workload, Slo(), generation)
+        assert [trace.output_tokens for trace in window.completed] == [3] * 5, load.failures
+        assert target.metrics()["requests_done"] == 5

@@ -81,7 +81,7 @@ class TritonTarget:
 
     def facts(self) -> ServerFacts:
         """What the load needs to know of the model; its vocabulary and context are not in config.pbtxt."""
-        return ServerFacts(url=self.url, model=self.served_name)
+        return ServerFacts(url=self.url, model=self.served_name, protocol="triton")
 
     def space(self) -> Space:
         """The catalogue's parameters; defaults are those of the model's own config.pbtxt."""
