@@ -60,8 +60,9 @@ def main() -> None:
     print(f"{'naive, steps':32}{naive:>24,.0f}")
     for name, detail in (("step_exact_rps", "steps"), ("request_level_rps", "requests")):
         runs = best[detail]
-        figure(name, runs[-1], "requests per CPU second", rival=naive if detail == "steps" else None,
-               spread=(runs[0], runs[-1]), needed=NEEDED[detail], replicas=REPLICAS, requests=arguments.requests)  # fmt: skip
+        rival = naive if detail == "steps" else None
+        spread, needed = (runs[0], runs[-1]), NEEDED[detail]
+        figure(name, runs[-1], "requests/CPU-s", rival, spread, needed=needed, requests=arguments.requests)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,33 @@ def trace_path(name: str) -> Path:
 
 def read_trace(path: Path) -> tuple[RequestSpec, ...]:
     """Every request of a trace file in order of arrival, the first at 0 s; the first bad line raises InvalidInput."""
-    rows: list[tuple[float, RequestSpec]] = []
+    rows = sorted(((time_s, spec) for _, time_s, spec in _rows(path)), key=lambda row: row[0])
+    if not rows:
+        raise _empty(path)
+    origin_s = rows[0][0]
+    return tuple(replace(spec, arrival_s=time_s - origin_s) for time_s, spec in rows)
+
+
+def stream_trace(path: Path) -> Iterator[RequestSpec]:
+    """The same one by one, in no more memory than a request takes; rows must be in order of arrival already."""
+    origin_s = last_s = math.nan
+    for line, time_s, spec in _rows(path):
+        if math.isnan(origin_s):
+            origin_s = last_s = time_s
+        if time_s < last_s:
+            raise InvalidInput(f"{path}, line {line}: it arrives before the row above it; sort the trace by time")
+        last_s = time_s
+        yield replace(spec, arrival_s=time_s - origin_s)
+    if math.isnan(origin_s):
+        raise _empty(path)
+
+
+def _empty(path: Path) -> InvalidInput:
+    return InvalidInput(f"the trace {path} holds no request; it needs a header and at least one row")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, float, RequestSpec]]:
+    """Line, time and request of each row, as they stand."""
     try:
         with _open(path) as file:
             records = _json_records(file, path) if ".jsonl" in path.suffixes else _csv_records(file, path)
@@ -90,7 +116,7 @@ def read_trace(path: Path) -> tuple[RequestSpec, ...]:
             for line, record in records:
                 columns = columns or _columns(record, path, line)
                 try:
-                    rows.append(_row(record, columns))
+                    yield line, *_row(record, columns)
                 except _BadField as error:
                     raise InvalidInput(f"{path}, line {line}: {error}; correct or remove the line") from None
     except FileNotFoundError:
@@ -98,11 +124,6 @@ def read_trace(path: Path) -> tuple[RequestSpec, ...]:
         raise InvalidInput(f"there is no trace file {path}; give a CSV or JSONL file, or {names}") from None
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise InvalidInput(f"cannot read the trace {path} ({error}); give a CSV or JSONL file in UTF-8") from None
-    if not rows:
-        raise InvalidInput(f"the trace {path} holds no request; it needs a header and at least one row")
-    rows.sort(key=lambda row: row[0])
-    origin_s = rows[0][0]
-    return tuple(replace(spec, arrival_s=time_s - origin_s) for time_s, spec in rows)
 
 
 def _open(path: Path) -> IO[str]:

@@ -1,4 +1,4 @@
-"""The simulator's cores: equal to each other step by step, to queueing theory in its limits, and keeping their books."""
+"""The simulator's cores: equal to each other step by step, to queueing theory in its limits, with their books kept."""
 
 from __future__ import annotations
 
