@@ -17,7 +17,7 @@ from flyball.adapters.engines.targets import TargetOptions, make_target
 from flyball.adapters.engines.triton import TritonTarget
 from flyball.adapters.server_facts import ServerFacts, ask_server
 from flyball.cli.engines import engines_folder
-from flyball.core.errors import InvalidInput
+from flyball.core.errors import EngineFailed, InvalidInput
 from flyball.core.ports import EngineTarget
 
 if TYPE_CHECKING:
@@ -79,6 +79,20 @@ def opened_target(options: TargetOptions, console: Console) -> Iterator[tuple[En
         identity = target.identity()
         console.print(f"{identity.name} {identity.version or '(version unknown)'} at {target.url}")
         yield target, _facts(target)
+
+
+def first_start(target: EngineTarget, console: Console) -> None:
+    """Start the engine as it is by itself, so that a study of one that cannot start ends before it begins.
+
+    Raises EngineFailed, unless memory ran out: then other configurations may fit where the default does not.
+    """
+    console.print("starting it with its default configuration ...")
+    try:
+        target.apply({})
+    except EngineFailed as failed:
+        if failed.kind != "out of memory":
+            raise
+        console.print(f"the default does not fit: {failed}", markup=False)
 
 
 def _facts(target: EngineTarget) -> ServerFacts:
