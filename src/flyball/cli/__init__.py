@@ -54,13 +54,14 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import bench, config, demo, engines, fit, plan, quantize, serve, train_tiny, tune
+    from flyball.cli import bench, config, demo, engines, fit, hold, plan, quantize, serve, train_tiny, tune
 
     app.command("bench")(bench.run)
     app.add_typer(config.app, name="config")
     app.command("demo")(demo.run)
     app.add_typer(engines.app, name="engines")
     app.command("fit")(fit.run)
+    app.add_typer(hold.app, name="hold")
     app.command("plan")(plan.run)
     app.command("quantize")(quantize.run)
     app.command("serve")(serve.run)

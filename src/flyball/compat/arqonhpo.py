@@ -7,7 +7,7 @@ What differs, on purpose:
 - Every proposal lies within its bounds, whatever their size and scale; equal seeds and tells give equal proposals.
 - An unknown key is refused by name, where it was ignored.
 - `"direction": "maximize"` says that larger values are better; without it values are minimised, as ever. Programs whose
-  value is a reward (their own serving example tells -1000 for a broken SLO and minus the cost otherwise, to a minimiser)
+  value is a reward (their serving example tells -1000 for a broken SLO and minus the cost otherwise, to a minimiser)
   need it: either the key, or `from flyball.compat.arqonhpo import ArqonMaximizer as ArqonSolver`, which changes the
   import only.
 - A result may have `"constraints": {name: margin}` (above 0: broken) for the names in the configuration's
@@ -33,6 +33,7 @@ from flyball.tuner.online.tuner import Direction, Failure, OnlineTuner, Result
 _KEYS = ("seed", "budget", "bounds", "probe_ratio", "strategy_params", "direction", "constraints", "proposer")
 _RESULT_KEYS = ("eval_id", "params", "value", "cost", "constraints", "failed")
 _SCALES = ("Linear", "Log", "Periodic")
+_ENDLESS = 1 << 62
 _BATCH = 4  # trials of one `ask` after the probe
 
 
@@ -96,8 +97,8 @@ class ArqonSolver:
         best = self._tuner.best()
         return None if best is None else {"params": _floats(best.values), "value": best.score.value}
 
-    def _left(self) -> float:
-        return math.inf if self._budget is None else self._budget - self._tuner.told
+    def _left(self) -> int:
+        return _ENDLESS if self._budget is None else self._budget - self._tuner.told
 
     def _match(self, values: Mapping[str, float]) -> Mapping[str, float]:
         for name, value in values.items():

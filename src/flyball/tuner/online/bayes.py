@@ -57,7 +57,7 @@ class Bayes:
             return Suggestion(start, "the start")
         best = self.incumbent
         if best is None or self.points.n < _STARTS:
-            return Suggestion(self._free(self._rng.random((16, self._cube.size)), pending), "one of the first, at random")
+            return Suggestion(self._free(self._rng.random((16, self._cube.size)), pending), "one of the first")
         known = self.points.u[best, : self._cube.size]
         if (self._check or self._asks % 10 == 0) and not among(known, pending):
             self._check = False

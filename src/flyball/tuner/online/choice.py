@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flyball.core.errors import InvalidInput
-from flyball.core.knobs import Configuration
+from flyball.core.knobs import Configuration, Value
 from flyball.tuner.online.bandit import Bandit
 from flyball.tuner.online.bayes import Bayes
 from flyball.tuner.online.cube import Cube, Matrix, Vector
@@ -103,12 +103,12 @@ def make(
 
 
 def _all(cube: Cube) -> list[Vector]:
-    axes = []
+    axes: list[list[Value]] = []
     for knob in cube.knobs:
         if knob.kind == "bool":
             axes.append([False, True])
         elif knob.kind == "choice":
-            axes.append(list(knob.choices))  # type: ignore[arg-type]  # values of any kind
+            axes.append(list(knob.choices))
         else:
             axes.append(list(range(int(knob.low or 0), int(knob.high or 0) + 1)))
     names = [knob.name for knob in cube.knobs]

@@ -28,6 +28,7 @@ from flyball.tuner.online.points import Points, Seen, Suggestion, among
 FIRST_RADIUS = 0.35
 LEAST_RADIUS = 5e-4
 MOST_RADIUS = 0.6
+_AROUND = 0.15  # edges of the cube that the first points lie from where the search starts, if it starts somewhere
 _CANDIDATES = 24  # random ones, beside those on the path to the model's minimum
 _PATH = np.concatenate([[0.0], 10.0 ** np.linspace(-4, 2.5, 14)])
 _CLOSER = 0.4  # of the way from the last good to the first bad point, where a wall is put
@@ -71,8 +72,11 @@ class Local:
         self._p = 1 + d + len(self._i)
         self.points = Points(room=max(96, 4 * self._p), size=d, constraints=constraints)
         shift = self._rng.random(d)
-        self._design = deque([start] if start is not None else [])
-        self._design.extend(cube.snap(low_discrepancy(0, 2 * d + 2, d, shift)))
+        if start is None:
+            self._design = deque(cube.snap(low_discrepancy(0, 2 * d + 2, d, shift)))
+        else:  # something serves there now: look around it, not everywhere
+            around = start + _AROUND * (2.0 * low_discrepancy(0, d + 1, d, shift) - 1.0)
+            self._design = deque([start, *cube.snap(around)])
         self.radius = FIRST_RADIUS
         self.settled = False
         self._best: int | None = None
@@ -276,9 +280,7 @@ class Local:
         """The incumbent is not what it was: measured twice, the world has changed; once may be chance."""
         points = self.points
         if self._suspected != row:
-            usual = points.y[: points.n, 0][points.feasible()]
-            spread = float(np.percentile(usual, 75) - np.percentile(usual, 25)) if len(usual) > 3 else np.inf
-            self._suspected_cliff = seen.cost - float(points.y[row, 0]) > 6.0 * spread
+            self._suspected_cliff = seen.cost - float(points.y[row, 0]) > 6.0 * points.spread()
             self._suspected, self._check = row, True
             points.tick += 1
             points.age[row] = points.tick

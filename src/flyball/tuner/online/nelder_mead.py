@@ -1,4 +1,4 @@
-"""Nelder and Mead's simplex (1965), asked and told; when it has collapsed it starts again, smaller, at its best point."""
+"""Nelder and Mead's simplex (1965), asked and told; once collapsed it starts again, smaller, at its best."""
 
 from __future__ import annotations
 

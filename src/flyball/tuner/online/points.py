@@ -134,14 +134,20 @@ class Points:
             cost = cost + np.sqrt(self.noise / self.count[:n])
         return int(cost.argmin())
 
+    def spread(self) -> float:
+        """Between the quartiles of the costs; infinite for fewer than four rows."""
+        usual = np.sort(self.y[: self.n, 0][~self.failed[: self.n]])
+        return float(usual[3 * len(usual) // 4] - usual[len(usual) // 4]) if len(usual) > 3 else np.inf
+
     def changed(self, row: int, seen: Seen) -> bool:
         """Whether a point, measured again, is not what it was: beyond its noise, or by half of the usual spread."""
         off = abs(seen.cost - float(self.y[row, 0]))
-        usual = self.y[: self.n, 0][~self.failed[: self.n]]
-        spread = float(np.percentile(usual, 75) - np.percentile(usual, 25)) if len(usual) > 3 else np.inf
+        if off <= 1e-12 * abs(seen.cost):
+            return False
+        spread = self.spread()
         if self.pairs >= 3:
-            return off > 6.0 * np.sqrt(self.noise * (1.0 + 1.0 / self.count[row])) + 0.02 * spread
-        return off > 0.5 * spread
+            return bool(off > 6.0 * np.sqrt(self.noise * (1.0 + 1.0 / self.count[row])) + 0.02 * spread)
+        return bool(off > 0.5 * spread)
 
     def keep_only(self, i: int) -> None:
         """Forget all rows but one, and its repeats."""

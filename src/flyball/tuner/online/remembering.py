@@ -71,5 +71,5 @@ class Remembering(ABC):
     @abstractmethod
     def _propose(self, pending: Matrix) -> Suggestion: ...
 
-    def _told(self, seen: Seen) -> None:
+    def _told(self, seen: Seen) -> None:  # noqa: B027  # most have nothing to add
         """Learn from a measurement that was added."""

@@ -17,7 +17,7 @@ from flyball.tuner.online.points import Points
 _TUPLES: Mapping[str, Any] = {"Hop": Hop, "Step": Step}
 
 
-def save(value: Any) -> Any:  # noqa: ANN401, C901  # whatever a proposer holds
+def save(value: Any) -> Any:  # noqa: ANN401  # whatever a proposer holds
     """Plain data for an attribute of a proposer."""
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -55,7 +55,7 @@ def put_back(thing: Any, saved: Mapping[str, Any]) -> None:  # noqa: ANN401  # a
         setattr(thing, name, load(value))
 
 
-def load(value: Any) -> Any:  # noqa: ANN401, C901  # the inverse of `save`
+def load(value: Any) -> Any:  # noqa: ANN401  # the inverse of `save`
     """What `save` was given."""
     if isinstance(value, list):
         return [load(v) for v in value]

@@ -3,8 +3,8 @@
 l, g        densities of the good points and of the others: a sum of Gaussians, one a point, and a flat prior
 score       log l - log g of candidates drawn from l; the highest is proposed
 
-Points are ranked by feasibility first: one that breaks a promise less comes before one that breaks it more, and one that
-failed comes last.
+Points are ranked by feasibility first: one that breaks a promise less comes before one that breaks it more, and one
+that failed comes last.
 """
 
 from __future__ import annotations

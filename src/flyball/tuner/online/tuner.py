@@ -124,7 +124,7 @@ class OnlineTuner:
             given = dict(json.loads(config) if isinstance(config, str) else config)
             knobs = dict(given.pop("knobs"))
         except (ValueError, TypeError, KeyError) as error:
-            raise InvalidInput(f"cannot read the tuner's configuration ({error!r}); give a JSON object with knobs") from None
+            raise InvalidInput(f"cannot read the tuner's settings ({error!r}); give a JSON object with knobs") from None
         known = ("direction", "seed", "proposer", "constraints", "start", "catalogue", "context", "periodic", "keep")
         if unknown := [key for key in given if key not in known]:
             raise InvalidInput(f"unknown key {', '.join(map(repr, unknown))}; known: knobs, {', '.join(known)}")
@@ -213,6 +213,11 @@ class OnlineTuner:
         self._history.append(Finished(0, dict(values), why, score))
         self.told += 1
         self._proposer.tell(self._seen(u, score))
+
+    def give_up(self, trial_id: int) -> None:
+        """A trial will not be measured; told nevertheless, it is late."""
+        if self._pending.pop(trial_id, None) is not None:
+            self._late.append(trial_id)
 
     def _score(self, result: Result) -> Score:
         if isinstance(result, MetricsWindow):
@@ -360,10 +365,10 @@ def _knob(name: str, given: object) -> Knob:
     if isinstance(given, Knob):
         return given
     if not isinstance(given, Mapping):
-        raise InvalidInput(f"the knob {name} is {given!r}; give an object such as {{\"low\": 1, \"high\": 64}}")
+        raise InvalidInput(f'the knob {name} is {given!r}; give an object such as {{"low": 1, "high": 64}}')
     known = ("kind", "low", "high", "log", "choices", "default", "doc")
     if unknown := [key for key in given if key not in known]:
-        raise InvalidInput(f"the knob {name} has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        raise InvalidInput(f"the knob {name} has the unknown key {unknown[0]!r}; known: {', '.join(known)}")
     fields = dict(given) | {"choices": tuple(given.get("choices", ()))}
     fields.setdefault("kind", "choice" if fields["choices"] else "float")
     if fields.get("default") is None:
