@@ -307,10 +307,21 @@ def test_any_server_can_be_measured_and_not_set(environment: Path) -> None:
         (TargetOptions(engine="vllm", model="m", program="/nowhere"), "/nowhere is neither the vllm executable"),
         (TargetOptions(engine="sglang", model="m"), "no `sglang` is installed here, so sglang cannot be started"),
         (TargetOptions(engine="triton", model="m", program=sys.executable), r"cannot read m/config.pbtxt"),
+        (TargetOptions(engine="vllm", model="/no/such", program=sys.executable), "there is no folder /no/such"),
         (TargetOptions(engine="openai"), "give its address with --url"),
         (TargetOptions(engine="flyball"), "give --url"),
     ],
-    ids=["unknown", "no model", "restart", "no program", "not installed", "no config", "no address", "no server"],
+    ids=[
+        "unknown",
+        "no model",
+        "restart",
+        "no program",
+        "not installed",
+        "no config",
+        "no folder",
+        "no address",
+        "no server",
+    ],
 )
 def test_what_is_missing_is_one_sentence(wanted: TargetOptions, said: str) -> None:
     """Nothing is started for a mistake in the options."""

@@ -75,6 +75,7 @@ class Catalogue:
     version: str  # the version that was read
     platform: str
     executable: str  # what starts it; empty for Flyball, whose server `flyball serve` starts
+    variables: Mapping[str, str]  # of its environment, unless the user gives others
     parameters: tuple[Parameter, ...]
     rules: tuple[Rule, ...]
     metrics: Mapping[str, str]  # our name -> the engine's
@@ -151,6 +152,7 @@ def load(engine: str, *, version: str = "", platform: str | None = None, facts: 
         version=data["version"],
         platform=platform,
         executable=data.get("executable", ""),
+        variables=data.get("variables", {}) | told.get("variables", {}),
         parameters=tuple(
             p for p in parameters if p.knob.name not in told.get("absent", ()) and _version(p.since) <= have
         ),

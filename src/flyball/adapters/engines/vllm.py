@@ -6,10 +6,6 @@ from flyball.adapters.engines.catalogue import Catalogue, text_of
 from flyball.adapters.engines.spawned import LOCALHOST, Start
 from flyball.core.knobs import Configuration
 
-# What vLLM for processors needs to start on any machine; a user's own variables come after and win.
-CPU_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-VARIABLES = {"VLLM_NO_USAGE_STATS": "1"}
-
 
 class VllmDialect:
     """See `spawned.Dialect`."""
