@@ -165,6 +165,7 @@ class _Planes:
     def of(cls, columns: _Columns) -> _Planes:
         highs = highspy.Highs()
         highs.setOptionValue("output_flag", False)
+        highs.setOptionValue("threads", 1)
         count = len(columns.limits)
         amounts = columns.uses.data[columns.uses.data > 0]
         most = (np.ptp(columns.value) + 1.0) / amounts.min() if len(amounts) else 1.0  # no price need be higher

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 
-from flyball.numerics.markov import Floats, Ints
+from flyball.numerics.markov import Floats
 
 _SIFTED_FROM = 2000  # columns; smaller programs are solved as they are
 _CORE = 2  # columns a row that the core has at first
@@ -30,7 +30,7 @@ class OutOfTime(Exception):  # caught by the solvers, never shown
 class Optimum(NamedTuple):
     """What a program yields."""
 
-    amounts: Ints  # of each column
+    amounts: Floats  # of each column, exact where they are whole
     cost: float
     bound: float  # no cost is smaller
 
@@ -53,7 +53,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerProgram:
-    """Whole amounts x with low <= rows @ x <= high and least <= x <= most."""
+    """Amounts x, whole but for some columns, with low <= rows @ x <= high and least <= x <= most."""
 
     rows: csr_array
     low: Floats
@@ -62,6 +62,7 @@ class IntegerProgram:
     most: Floats
     budget: Budget
     gap: float  # relative, at which an optimum counts as proven
+    divisible: NDArray[np.bool_] | None = None  # columns whose amounts need not be whole; None: none
     sift: bool = False  # pays where the optimum without integrality is nearly as good
 
     def with_row(self, row: Floats, at_least: float) -> IntegerProgram:
@@ -69,10 +70,18 @@ class IntegerProgram:
         rows = vstack((self.rows, csr_array(row[None, :])), format="csr")
         return replace(self, rows=rows, low=np.append(self.low, at_least), high=np.append(self.high, np.inf))
 
+    def whole(self) -> IntegerProgram:
+        """The same with whole amounts in every column."""
+        return replace(self, divisible=None)
+
     def minimise(self, cost: Floats) -> Optimum | None:
         """The best amounts found within the budget (or OutOfTime); None if there are none at all."""
         found = self._sifted(cost) if self.sift and len(cost) >= _SIFTED_FROM else self._run(cost)
-        return None if found is None else Optimum(np.rint(found.amounts).astype(np.int64), found.cost, found.bound)
+        if found is None:
+            return None
+        whole = np.rint(found.amounts) + 0.0  # no -0
+        amounts = whole if self.divisible is None else np.where(self.divisible, found.amounts, whole)
+        return Optimum(amounts, found.cost, found.bound)
 
     def _sifted(self, cost: Floats) -> _Run | None:
         relaxed = self._run(cost, integral=False)
@@ -103,9 +112,17 @@ class IntegerProgram:
         lp.a_matrix_.start_, lp.a_matrix_.index_ = self.rows.indptr, self.rows.indices
         lp.a_matrix_.value_ = self.rows.data
         if integral:
-            lp.integrality_ = [highspy.HighsVarType.kInteger] * len(cost)
+            kinds = [highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous]
+            divisible = np.zeros(len(cost), dtype=np.bool_) if self.divisible is None else self.divisible
+            lp.integrality_ = [kinds[d] for d in divisible.astype(np.int64).tolist()]
         highs = highspy.Highs()
-        for option, setting in (("output_flag", False), ("mip_rel_gap", self.gap), ("time_limit", self.budget.left_s)):
+        settings = (
+            ("output_flag", False),
+            ("threads", 1),
+            ("mip_rel_gap", self.gap),
+            ("time_limit", self.budget.left_s),
+        )
+        for option, setting in settings:
             highs.setOptionValue(option, setting)
         highs.passModel(lp)
         if start is not None:
