@@ -95,8 +95,9 @@ class SimulatedFleet:
     def __init__(self, world: SimulatedWorld, load: Iterable[Requests], *, seed: int = 0) -> None:
         self.world = world
         self.now_s = 0.0
-        self.ended = False  # no request will arrive any more
+        self.load_ends_s = math.inf  # the last arrival, once it is known
         self._load: Iterator[Requests] = iter(load)
+        self._part = next(self._load, None)  # one part is read ahead, to see the end
         self._rng = np.random.default_rng(seed)
         self._core: Core = new_core(len(world.servers), world.router, compiled=world.compiled)
         self._index = {s.name: i for i, s in enumerate(world.servers)}
@@ -113,6 +114,7 @@ class SimulatedFleet:
                 for _ in range(count):
                     self._start(i, accelerator, cold_start_s=0.0)
         self._make_ready()
+        self._feed()
         self._sights: deque[_Sight] = deque([self._look()])
 
     # ---- time ----
@@ -172,15 +174,18 @@ class SimulatedFleet:
 
     def _run(self, until_s: float) -> None:
         while self._core.run(until_s):
-            part = next(self._load, None)
-            if part is None:
-                self.ended = True
-                self._core.close()
-            else:
-                self._core.offer(part)
+            self._feed()
         records, _ = self._core.take()
         for index, promises in enumerate(self._promises):
             promises.add(records[records["server"] == index])
+
+    def _feed(self) -> None:
+        part, self._part = self._part, next(self._load, None)
+        if part is not None:
+            self._core.offer(part)
+        if self._part is None:
+            self._core.close()
+            self.load_ends_s = min(self.load_ends_s, 0.0 if part is None else float(part.arrival_s[-1]))
 
     # ---- replicas ----
 
@@ -411,15 +416,15 @@ def _percentile_s(counts: NDArray[np.int64], share: float) -> float:
 
 
 def govern(fleet: SimulatedFleet, loop: FleetLoop | None, *, until_s: float = math.inf) -> list[Turn]:
-    """Let a loop run a fleet until a time, or until no request arrives any more; without a loop its replicas stay.
+    """Let a loop run a fleet until a time, or until the last arrival; without a loop its replicas stay.
 
     Returns the turns in which something changed, was held or was refused.
     """
     turns: list[Turn] = []
     memory = None if loop is None else loop.start()
     period_s = 60.0 if loop is None else loop.period_s
-    while fleet.now_s < until_s and not (fleet.ended and math.isinf(until_s)):
-        fleet.advance(min(fleet.now_s + period_s, until_s))
+    while fleet.now_s < min(until_s, fleet.load_ends_s):
+        fleet.advance(min(fleet.now_s + period_s, until_s, fleet.load_ends_s))
         if loop is None or memory is None:
             continue
         before = fleet.actions

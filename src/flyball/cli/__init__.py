@@ -54,7 +54,7 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import bench, config, demo, engines, fit, hold, plan, quantize, serve, train_tiny, tune
+    from flyball.cli import bench, config, demo, engines, fit, hold, plan, quantize, serve, simulate, train_tiny, tune
 
     app.command("bench")(bench.run)
     app.add_typer(config.app, name="config")
@@ -65,6 +65,7 @@ def _register() -> None:
     app.command("plan")(plan.run)
     app.command("quantize")(quantize.run)
     app.command("serve")(serve.run)
+    app.command("simulate")(simulate.run)
     app.command("train-tiny")(train_tiny.run)
     app.command("tune")(tune.run)
 
