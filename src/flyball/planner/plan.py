@@ -21,7 +21,9 @@ def plan(
 
     A server that cannot be served is named with its reason; the rest is planned all the same.
     """
-    solver = solver or ("unlimited" if spec.unlimited else "heterogeneous" if spec.heterogeneous else "exact")
+    limited = spec.quotas or spec.budget_per_h is not None or spec.power_limit_w is not None
+    free = spec.unlimited and not limited
+    solver = solver or ("unlimited" if free else "heterogeneous" if spec.heterogeneous else "exact")
     problem = build(spec, queue_model)
     solution = solver_named(solver)(problem, time_limit_s=time_limit_s)
     allocations, unserved = {}, {}

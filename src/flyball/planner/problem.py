@@ -29,6 +29,7 @@ from flyball.performance.sizing import Goals, analyze_replicas, optimal_batch, s
 
 BATCH_CEILING = 256  # of the search for a batch, where the profile states none (vLLM's usual max_num_seqs)
 _ROUNDING = 1e-9  # relative
+_BUDGET, _POWER = "cost/h of the budget", "W of power"  # names of limits, as complaints say them
 MOVE_PENALTY = 0.1  # of both costs, for leaving an accelerator (llm-inferno's AccelPenaltyFactor)
 
 
@@ -39,7 +40,9 @@ class Candidate:
     allocation: Allocation
     type: str = ""  # of accelerator, as capacity counts it
     cards: int = 0  # of that type, all replicas together
-    value: float = 0.0  # what solvers minimise: cost per hour plus the price of moving
+    extra: tuple[tuple[str, float], ...] = ()  # what it takes of further limits: quotas, the budget, power
+    value: float = 0.0  # what solvers minimise: cost per hour, the price of moving, and the surcharge
+    surcharge: float = 0.0  # an hour's share of starting new replicas, and energy
     sizing: Sizing | None = None  # what it was sized from; None: nothing runs
     also: tuple[Candidate, ...] = ()  # further replicas, on other accelerators
 
@@ -47,6 +50,11 @@ class Candidate:
     def cards_each(self) -> int:
         """Cards of one replica."""
         return self.cards // max(self.allocation.replicas, 1)
+
+    @property
+    def uses(self) -> tuple[tuple[str, float], ...]:
+        """What it takes of every limit, all replicas together."""
+        return ((self.type, float(self.cards)), *self.extra) if self.cards else self.extra
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +72,7 @@ class Problem:
     """Choose at most one candidate for each server."""
 
     choices: tuple[Choice, ...]
-    capacity: Mapping[str, int]  # cards of each type
+    capacity: Mapping[str, float]  # cards of each type, and further limits by name; of what is missing there is none
     saturation_policy: SaturationPolicy = "None"
     delayed_best_effort: bool = False
 
@@ -86,7 +94,8 @@ def build(spec: FleetSpec, model: str | None = None) -> Problem:
     `model` names one queue model for all; without it each profile's own is used.
     """
     outcomes = _outcomes(spec)
-    sized = iter(_size([pair for outcome in outcomes if not isinstance(outcome, str) for pair in outcome], model))
+    pairs = [pair for outcome in outcomes if not isinstance(outcome, str) for pair in outcome]
+    sized = iter(_size(pairs, model, Terms.of(spec)))
     priorities = {c.name: c.priority for c in spec.service_classes}
     choices = []
     for server, outcome in zip(spec.servers, outcomes, strict=True):
@@ -96,32 +105,99 @@ def build(spec: FleetSpec, model: str | None = None) -> Problem:
         choices.append(Choice(server=server, priority=priority, candidates=candidates, reason=reason))
     return Problem(
         choices=tuple(choices),
-        capacity=spec.capacity,
+        capacity=_limits(spec),
         saturation_policy=spec.saturation_policy,
         delayed_best_effort=spec.delayed_best_effort,
     )
 
 
+def _limits(spec: FleetSpec) -> dict[str, float]:
+    """Amounts of everything that is limited, by the names that candidates use."""
+    types = {a.type for a in spec.accelerators}
+    limits = {name: math.inf if spec.unlimited else float(spec.capacity.get(name, 0)) for name in sorted(types)}
+    for quota, cards in spec.quotas.items():
+        limits |= {_of_quota(name, quota): float(count) for name, count in cards.items()}
+    if spec.budget_per_h is not None:
+        limits[_BUDGET] = spec.budget_per_h
+    if spec.power_limit_w is not None:
+        limits[_POWER] = spec.power_limit_w
+    return limits
+
+
+def _of_quota(type_name: str, quota: str) -> str:
+    return f"{type_name} of quota {quota}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a candidate counts for beside its cost: limits of the whole fleet, start-up, energy."""
+
+    quotas: Mapping[str, Mapping[str, int]]
+    budget: bool
+    power: bool
+    energy_price_per_wh: float
+    horizon_h: float
+
+    @classmethod
+    def of(cls, spec: FleetSpec) -> Terms:
+        """The terms of a fleet."""
+        return cls(
+            quotas=spec.quotas,
+            budget=spec.budget_per_h is not None,
+            power=spec.power_limit_w is not None,
+            energy_price_per_wh=spec.energy_price_per_kwh * 1e-3,
+            horizon_h=spec.horizon_h,
+        )
+
+    def candidate(self, sizing: Sizing, allocation: Allocation) -> Candidate:
+        """An allocation with all that it counts for."""
+        pair = sizing.pair
+        cards = pair.accelerator.units * pair.profile.accelerators * allocation.replicas
+        started = pair.accelerator.startup_cost * pair.profile.accelerators * _new_replicas(pair.server, allocation)
+        surcharge = started / self.horizon_h + allocation.power_w * self.energy_price_per_wh
+        extra: list[tuple[str, float]] = []
+        if pair.accelerator.type in self.quotas.get(pair.server.quota, ()):
+            extra.append((_of_quota(pair.accelerator.type, pair.server.quota), float(cards)))
+        if self.budget:
+            extra.append((_BUDGET, allocation.cost_per_h))
+        if self.power:
+            extra.append((_POWER, allocation.power_w))
+        return Candidate(
+            allocation=allocation,
+            type=pair.accelerator.type,
+            cards=cards,
+            extra=tuple(extra),
+            value=transition_value(pair.server.current, allocation) + surcharge,
+            surcharge=surcharge,
+            sizing=sizing,
+        )
+
+
+def _new_replicas(server: ServerSpec, allocation: Allocation) -> int:
+    stays = server.current.accelerator == allocation.accelerator
+    return max(allocation.replicas - server.current.replicas * stays, 0)
+
+
 def with_replicas(candidate: Candidate, replicas: int, *, rate_rps: float, value: float) -> Candidate:
     """The same way to run a server with another number of replicas, and what its requests see at a rate."""
     assert candidate.sizing is not None  # who runs replicas was sized
-    a, pair = candidate.allocation, candidate.sizing.pair
+    sizing, a = candidate.sizing, candidate.allocation
     rates = np.array([rate_rps / replicas])
-    seen = analyze_replicas(queue_model(candidate.sizing.model), _replicas([pair], [a.max_batch]), rates)
-    ttft_s, itl_s = float(seen.ttft_s[0]), float(seen.itl_s[0])
-    share = replicas / a.replicas
+    seen = analyze_replicas(queue_model(sizing.model), _replicas([sizing.pair], [a.max_batch]), rates)
+    share, used = replicas / a.replicas, float(seen.utilization[0])
     allocation = dataclasses.replace(
         a,
         replicas=replicas,
         cost_per_h=a.cost_per_h * share,
         capacity_rps=a.capacity_rps * share,
-        ttft_s=ttft_s,
-        itl_s=itl_s,
-        utilization=float(seen.utilization[0]),
+        ttft_s=float(seen.ttft_s[0]),
+        itl_s=float(seen.itl_s[0]),
+        utilization=used,
         loss=float(seen.loss[0]),
+        power_w=sizing.pair.power_w(used) * replicas,
         slo_met=rate_rps <= a.capacity_rps * share * (1 + _ROUNDING),
     )
-    return dataclasses.replace(candidate, allocation=allocation, cards=candidate.cards_each * replicas, value=value)
+    return dataclasses.replace(sizing.terms.candidate(sizing, allocation), value=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +206,7 @@ class Sizing:
 
     pair: Pair
     model: str  # queue model
+    terms: Terms
 
     @property
     def rate_rps(self) -> float:
@@ -161,6 +238,11 @@ class Pair:
             return demand.arrival_rps
         return max(demand.arrival_rps, self.targets.output_tps / demand.output_tokens)
 
+    def power_w(self, utilization: float) -> float:
+        """Of one replica; 0 where it is not known."""
+        curve = self.accelerator.power
+        return curve.at(utilization) * self.profile.accelerators if curve else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class _TooSlow:
@@ -181,6 +263,17 @@ class _TooSlow:
         if math.isnan(self.ttft_s):
             return f"{name} cannot be solved with a batch of 1 and no queue under this queue model"
         return f"{name} needs TTFT {self.ttft_s * 1e3:.4g} ms and ITL {self.itl_s * 1e3:.4g} ms when idle"
+
+
+@dataclass(frozen=True, slots=True)
+class _TooMany:
+    """A pair that needs more replicas than its server may have."""
+
+    pair: Pair
+    replicas: int
+
+
+_Answer = Candidate | _TooSlow | _TooMany
 
 
 def _outcomes(spec: FleetSpec) -> list[list[Pair] | str]:
@@ -219,7 +312,7 @@ def _order(candidate: Candidate) -> tuple[float, float, float, str]:
     return candidate.value, a.cost_per_h, a.cost_per_h / max(a.replicas, 1), a.accelerator
 
 
-def _settle(server: ServerSpec, answers: Sequence[Candidate | _TooSlow]) -> tuple[tuple[Candidate, ...], str]:
+def _settle(server: ServerSpec, answers: Sequence[_Answer]) -> tuple[tuple[Candidate, ...], str]:
     """A server's candidates in order, or why it has none."""
     if not answers:
         nothing = Allocation(max_batch=0, ttft_s=0.0, itl_s=0.0)
@@ -227,6 +320,12 @@ def _settle(server: ServerSpec, answers: Sequence[Candidate | _TooSlow]) -> tupl
     candidates = [a for a in answers if isinstance(a, Candidate)]
     if candidates:
         return tuple(sorted(candidates, key=_order)), ""
+    if many := [a for a in answers if isinstance(a, _TooMany)]:
+        fewest = min(many, key=lambda a: (a.replicas, a.pair.accelerator.name))
+        return (), (
+            f"it may have {server.max_replicas} replicas and needs {fewest.replicas} on {fewest.pair.accelerator.name} "
+            f"for {fewest.pair.rate_rps:g} requests/s within its targets; allow more, or add a faster accelerator"
+        )
     nearest = min((a for a in answers if isinstance(a, _TooSlow)), key=lambda a: (a.excess, a.pair.accelerator.name))
     targets = nearest.pair.targets
     wanted = " and ".join(
@@ -238,14 +337,14 @@ def _settle(server: ServerSpec, answers: Sequence[Candidate | _TooSlow]) -> tupl
     )
 
 
-def _size(pairs: Sequence[Pair], model: str | None) -> list[Candidate | _TooSlow]:
+def _size(pairs: Sequence[Pair], model: str | None, terms: Terms) -> list[_Answer]:
     """Size all pairs, together those that share a queue model and a rule for the batch."""
     groups: dict[tuple[str, bool], list[int]] = {}
     for index, pair in enumerate(pairs):
         groups.setdefault((model or pair.profile.queue_model, pair.batch == 0), []).append(index)
-    answers: dict[int, Candidate | _TooSlow] = {}
+    answers: dict[int, _Answer] = {}
     for (name, search), members in groups.items():
-        answers.update(zip(members, _size_alike(name, [pairs[i] for i in members], search), strict=True))
+        answers.update(zip(members, _size_alike(name, [pairs[i] for i in members], search, terms), strict=True))
     return [answers[index] for index in range(len(pairs))]
 
 
@@ -265,7 +364,7 @@ def _replicas(pairs: Sequence[Pair], batches: Sequence[int]) -> Replicas:
     )
 
 
-def _size_alike(name: str, pairs: Sequence[Pair], search: bool) -> list[Candidate | _TooSlow]:
+def _size_alike(name: str, pairs: Sequence[Pair], search: bool, terms: Terms) -> list[_Answer]:
     """Size pairs under one queue model, with their own batch limits or with the best ones under their ceilings."""
     model: QueueModel = queue_model(name)
     replicas = _replicas(pairs, [p.batch or p.profile.max_batch or BATCH_CEILING for p in pairs])
@@ -291,31 +390,27 @@ def _size_alike(name: str, pairs: Sequence[Pair], search: bool) -> list[Candidat
     )  # fmt: skip
     idle = zip(sized.feasible.tolist(), sized.idle_ttft_s.tolist(), sized.idle_itl_s.tolist(), strict=True)
     return [
-        _candidate(Sizing(pair, name), *number) if feasible else _TooSlow(pair, ttft_s, itl_s)
+        _candidate(Sizing(pair, name, terms), *number) if feasible else _TooSlow(pair, ttft_s, itl_s)
         for pair, number, (feasible, ttft_s, itl_s) in zip(pairs, numbers, idle, strict=True)
     ]
 
 
 def _candidate(
     sizing: Sizing, replicas: int, batch: int, ttft_s: float, itl_s: float, utilization: float, loss: float, rps: float
-) -> Candidate:
+) -> Candidate | _TooMany:
     pair = sizing.pair
-    each = pair.profile.accelerators
+    if pair.server.max_replicas is not None and replicas > pair.server.max_replicas:
+        return _TooMany(pair, replicas)
     allocation = Allocation(
         accelerator=pair.accelerator.name,
         replicas=replicas,
-        cost_per_h=pair.accelerator.cost_per_h * each * replicas,
+        cost_per_h=pair.accelerator.cost_per_h * pair.profile.accelerators * replicas,
         max_batch=batch,
         ttft_s=ttft_s,
         itl_s=itl_s,
         utilization=utilization,
         loss=loss,
+        power_w=pair.power_w(utilization) * replicas,
         capacity_rps=rps,
     )
-    return Candidate(
-        allocation=allocation,
-        type=pair.accelerator.type,
-        cards=pair.accelerator.units * each * replicas,
-        value=transition_value(pair.server.current, allocation),
-        sizing=sizing,
-    )
+    return sizing.terms.candidate(sizing, allocation)
