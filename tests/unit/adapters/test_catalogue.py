@@ -10,8 +10,9 @@ import pytest
 
 from flyball.adapters.engines.catalogue import ENGINES, ModelFacts, load
 from flyball.adapters.engines.installing import requirements
-from flyball.adapters.engines.readings import between, translated
+from flyball.adapters.engines.readings import between, disagreement, translated
 from flyball.core.errors import InvalidInput
+from flyball.core.metrics import MetricsWindow, RequestTrace
 from flyball.tuner.constraints import Constraint
 from flyball.tuner.space import Axis, Lattice
 
@@ -105,6 +106,24 @@ def test_readings_are_sums_over_labels_and_means_between_two() -> None:
     assert seen == {"running": 3.0, "ttft_s_sum": 1.5, "ttft_s_count": 3.0}
     assert between(seen, seen | {"ttft_s_sum": 2.5, "ttft_s_count": 5.0}) == {"ttft_s": 0.5}
     assert between(seen, seen) == {}
+
+
+def test_a_client_and_an_engine_that_disagree_are_noticed() -> None:
+    """A hundredth of a second and a fifth may get lost on the way; more, in either direction, is said."""
+    traces = tuple(
+        RequestTrace(scheduled_s=0.0, sent_s=0.5, input_tokens=1, output_tokens=1, token_times_s=(0.7,))
+        for _ in range(4)
+    )
+    window = MetricsWindow(duration_s=1.0, generation="g", traces=traces)  # 200 ms from sending to the first token
+
+    def told(mean_s: float) -> str | None:
+        return disagreement(window, {}, {"ttft_s_sum": 4 * mean_s, "ttft_s_count": 4.0})
+
+    assert told(0.17) is None
+    assert told(0.2) is None
+    assert told(0.1) == "mean TTFT is 200.0 ms for the client and 100.0 ms by the engine's own count"
+    assert told(0.4) is not None
+    assert disagreement(window, {}, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from flyball.core.metrics import MetricsWindow
+
 _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{.*\})?\s+(\S+)")
 
 
@@ -59,3 +61,24 @@ def between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
         if count > 0 and math.isfinite(total):
             means[base] = total / count
     return means
+
+
+TOLERANCE, SLACK_S = 0.2, 0.01  # what the way between client and engine may add: a share, and a hundredth of a second
+
+
+def disagreement(window: MetricsWindow, before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
+    """How an engine's own mean TTFT contradicts its client's over the same requests, or None if it does not.
+
+    The engine counts from a request's arrival there, so it sees less than the client does; much less means that time is
+    lost on the way (or in the client), more that the two speak of different requests.
+    """
+    engine_s = between(before, after).get("ttft_s")
+    sent = [t.token_times_s[0] - t.sent_s for t in window.completed]
+    if engine_s is None or not sent:
+        return None
+    client_s = sum(sent) / len(sent)
+    if client_s > engine_s * (1 + TOLERANCE) + SLACK_S or engine_s > client_s * (1 + TOLERANCE) + SLACK_S:
+        return (
+            f"mean TTFT is {client_s * 1e3:.1f} ms for the client and {engine_s * 1e3:.1f} ms by the engine's own count"
+        )
+    return None
