@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from flyball.adapters.engines.flyball_http import FlyballTarget
+    from flyball.adapters.hold_windows import ServerWindows
     from flyball.core.clock import Clock
     from flyball.core.knobs import Configuration, Knob, Space
-    from flyball.adapters.hold_windows import ServerWindows
     from flyball.tuner.constraints import Constraint
     from flyball.tuner.hold import Holder
 

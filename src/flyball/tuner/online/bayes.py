@@ -38,7 +38,7 @@ class Bayes:
         self._cube = cube
         self._rng = np.random.default_rng(seed)
         self._c = context
-        self.points = Points(room=ROOM, size=cube.size + context, constraints=constraints)
+        self.points = Points(room=ROOM, size=cube.size + context, constraints=constraints, spread_out=True)
         self._context = np.zeros(context)
         self._start = start
         self._length = 0.35

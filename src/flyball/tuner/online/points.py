@@ -1,7 +1,7 @@
 """What a proposer remembers: measured points, bounded in number, repeated measurements merged into one row.
 
 A row holds the point, mean and number of its measurements, the means of its margins, and whether it failed. When
-there is no room the oldest row goes, never the protected one.
+there is no room the oldest row goes, or one of two that are nearly the same; never the protected one.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Points:
     room: int
     size: int
     constraints: int
+    spread_out: bool = False  # forget the older of the nearest two rows, not the oldest
 
     def __post_init__(self) -> None:
         self.n = 0
@@ -95,6 +96,13 @@ class Points:
 
     def _oldest(self, keep: int | None) -> int:
         ages = self.age[: self.n].copy()
+        if self.spread_out:  # the older of the nearest two
+            u = self.u[: self.n]
+            gaps = ((u[:, None, :] - u) ** 2).sum(axis=2)
+            gaps.flat[:: self.n + 1] = np.inf
+            if keep is not None:
+                gaps[keep] = np.inf
+            ages[gaps.min(axis=1) > gaps.min()] = np.inf
         if keep is not None:
             ages[keep] = np.inf
         return int(ages.argmin())

@@ -71,7 +71,9 @@ def load(value: Any) -> Any:  # noqa: ANN401  # the inverse of `save`
             generator.bit_generator.state = load(state)
             return generator
         case {"points": saved}:
-            points = Points(room=saved["room"], size=saved["size"], constraints=saved["constraints"])
+            points = Points(
+                room=saved["room"], size=saved["size"], constraints=saved["constraints"], spread_out=saved["spread_out"]
+            )
             put_back(points, saved)
             return points
         case {"named": name, "items": items}:
