@@ -20,6 +20,7 @@ from flyball.engine.attention import NAME, DecodeGroup, PagedTensors, PrefillChu
 from flyball.engine.config import EngineConfig, pool_blocks
 from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel
+from flyball.engine.cpu.quantized import FORMATS, QuantizedFusedModel
 from flyball.engine.quantization.files import METHOD, load_quantized
 from flyball.engine.quantization.walk import quantization_config, quantization_of, quantize_loaded
 from flyball.engine.scheduler import Scheduled
@@ -76,9 +77,10 @@ class ModelRunner:
                 self.kernels = f"torch ({reason})"
 
     def _fused(self) -> FusedModel:
-        if self.quantization:
+        kind = QuantizedFusedModel if self.quantization in FORMATS else FusedModel
+        if self.quantization and kind is FusedModel:
             raise KernelsUnavailable(f"the kernels do not know weights in {self.quantization}")
-        return FusedModel(self.model, self.cache, self.shape.max_positions)
+        return kind(self.model, self.cache, self.shape.max_positions)
 
     def describe(self) -> dict[str, str | int | None]:
         """What was loaded, for people and dashboards."""

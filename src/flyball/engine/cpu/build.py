@@ -13,10 +13,10 @@ from pathlib import Path
 
 from flyball.core.errors import FlyballError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-HEADERS = (SOURCE.with_name("team.hpp"),)
+SOURCE = Path(__file__).with_name("quantized.cpp")  # which takes in the others
+HEADERS = (SOURCE.with_name("kernels.cpp"), SOURCE.with_name("team.hpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC")
-NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
 BUILD_TIMEOUT_S = 300
 
 
@@ -84,6 +84,14 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fb_scratch_bytes.restype = integer
     library.fb_forward.argtypes = [pointer, pointer]
     library.fb_forward.restype = None
+    library.fq_code_bytes.argtypes = [integer, integer, integer]
+    library.fq_code_bytes.restype = integer
+    library.fq_pack.argtypes = [integer, pointer, pointer, integer, integer, integer, ctypes.c_int, *[pointer] * 3]
+    library.fq_pack.restype = None
+    library.fq_linear.argtypes = [pointer, integer, integer, pointer, integer, pointer, integer]
+    library.fq_linear.restype = None
+    library.fq_forward.argtypes = [pointer, pointer]
+    library.fq_forward.restype = None
     library.fb_drain.argtypes = []
     library.fb_drain.restype = None
     return library

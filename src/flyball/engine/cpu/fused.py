@@ -40,7 +40,9 @@ class _Model(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Step(ctypes.Structure):
+class Step(ctypes.Structure):
+    """What one step computes, as the kernels read it."""
+
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "samples", "table_width", "longest", "threads")),
         *((name, ctypes.c_void_p) for name in ("ids", "positions", "sequence", "tables", "sampled", "logits",
@@ -63,13 +65,13 @@ class FusedModel:
             decoder.layers[i] = torch.nn.Identity()  # the packed copy is the only one kept
         cos, sin = _rotary_tables(decoder, positions)
         head_dim = cos.shape[-1]
-        self.vocab = model.lm_head.weight.shape[0]
+        self.vocab = model.lm_head.out_features
         self._model = _Model(
             layers=len(layers), hidden=config.hidden_size, heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads, head_dim=head_dim, intermediate=config.intermediate_size,
             vocab=self.vocab, block_size=cache.block_size, eps=config.rms_norm_eps, scaling=head_dim**-0.5,
             embedding=self._pointer(decoder.embed_tokens.weight), norm=self._pointer(decoder.norm.weight.float()),
-            head=self._packed(model.lm_head.weight), cos=self._pointer(cos), sin=self._pointer(sin),
+            head=self._matrix(model.lm_head), cos=self._pointer(cos), sin=self._pointer(sin),
             layer=ctypes.addressof(layers),
         )  # fmt: skip
         model.lm_head = torch.nn.Identity()  # as its layers: only the packed copy is kept
@@ -90,7 +92,10 @@ class FusedModel:
         firsts = np.cumsum(counts) - counts
         starts = np.array([part.start for part in parts])
         positions = (np.arange(total) - np.repeat(firsts - starts, counts)).astype(np.int32)
-        sequence = np.repeat(np.arange(len(parts), dtype=np.int32), counts)
+        owner = [0] * len(parts)  # parts of one request, which verify a draft, are one sequence
+        for i in range(1, len(parts)):
+            owner[i] = owner[i - 1] if parts[i].request is parts[i - 1].request else i
+        sequence = np.repeat(np.array(owner, dtype=np.int32), counts)
         width = max(len(part.request.block_table) for part in parts)
         tables = np.zeros((len(parts), width), dtype=np.int32)
         for row, part in enumerate(parts):
@@ -101,14 +106,17 @@ class FusedModel:
         needed = self._kernels.fb_scratch_bytes(ctypes.byref(self._model), total, longest, self._threads)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.uint8)
-        step = _Step(
+        step = Step(
             tokens=total, samples=len(sampled), table_width=width, longest=longest, threads=self._threads,
             ids=ids.ctypes.data, positions=positions.ctypes.data, sequence=sequence.ctypes.data,
             tables=tables.ctypes.data, sampled=sampled.ctypes.data, logits=logits.data_ptr(),
             scratch=self._scratch.data_ptr(),
         )  # fmt: skip
-        self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step))
+        self._run(step)
         return logits
+
+    def _run(self, step: Step) -> None:
+        self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step))
 
     def _layer(self, layer: Any, cache: PagedTensors, index: int) -> _Layer:  # noqa: ANN401  # untyped library
         attention, mlp = layer.self_attn, layer.mlp
@@ -118,10 +126,10 @@ class FusedModel:
         if window is None and attention.config.model_type == "mistral":
             window = attention.config.sliding_window
         return _Layer(
-            qkv=self._packed(torch.cat([p.weight for p in projections])),
-            o=self._packed(attention.o_proj.weight),
-            gate_up=self._packed(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True),
-            down=self._packed(mlp.down_proj.weight),
+            qkv=self._matrix(*projections),
+            o=self._matrix(attention.o_proj),
+            gate_up=self._matrix(mlp.gate_proj, mlp.up_proj, gated=True),
+            down=self._matrix(mlp.down_proj),
             qkv_bias=self._pointer(torch.cat(biases).float()) if biases[0] is not None else None,
             o_bias=self._pointer(attention.o_proj.bias.float()) if attention.o_proj.bias is not None else None,
             norm_in=self._pointer(layer.input_layernorm.weight.float()),
@@ -133,7 +141,9 @@ class FusedModel:
             window=window or 0,
         )
 
-    def _packed(self, weight: Tensor, *, gated: bool = False) -> int:
+    def _matrix(self, *layers: Any, gated: bool = False) -> int:  # noqa: ANN401  # untyped library
+        """What the kernels read the weights of some layers, one below the other, from."""
+        weight = torch.cat([layer.weight for layer in layers])
         n, k = weight.shape
         out = torch.empty(self._kernels.fb_packed_elements(n, k), dtype=torch.bfloat16)
         source = weight.contiguous()

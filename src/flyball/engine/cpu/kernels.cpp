@@ -72,7 +72,36 @@ struct Target {
     const float* bias;
 };
 
-// R rows times C panels of 16 columns. GATED: panels alternate gate, up; writes silu(gate) * up, 16 columns a pair.
+// Put the sums of C panels of one row where they belong. GATED: panels alternate gate, up; writes silu(gate) * up, 16
+// columns a pair.
+template <int C>
+inline void finish(const __m512* acc, int64_t column, int64_t columns, const Target& to, int64_t row) {
+    for (int c = 0; c < C; ++c) {
+        const int64_t first = column + c * 16;
+        __m512 v = acc[c];
+        if (to.kind == GATED) {
+            if (c % 2) continue;
+            const __m512 sigmoid =
+                _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(_mm512_sub_ps(_mm512_setzero_ps(), v))));
+            const __m512 up = acc[c + 1 < C ? c + 1 : c];
+            store_bf16((bf16*)to.data + row * to.stride + first / 2, _mm512_mul_ps(_mm512_mul_ps(v, sigmoid), up));
+            continue;
+        }
+        const int64_t left = columns - first;
+        const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+        if (to.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to.bias + first));
+        const int64_t at = row * to.stride + first;
+        if (to.kind == STORE) {
+            _mm256_mask_storeu_epi16((bf16*)to.data + at, mask, (__m256i)_mm512_cvtneps_pbh(v));
+        } else {
+            float* out = (float*)to.data + at;
+            if (to.kind == ADD_FLOAT) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, out));
+            _mm512_mask_storeu_ps(out, mask, v);
+        }
+    }
+}
+
+// R rows times C panels of 16 columns.
 // AHEAD: bring the C panels at `ahead` into the L2 cache on the way.
 template <int R, int C, bool AHEAD>
 inline void tile(const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t column, int64_t columns, const Target& to,
@@ -95,31 +124,7 @@ inline void tile(const bf16* x, int64_t ldx, const bf16* w, int64_t k, int64_t c
             for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], b[c], a);
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) {
-            const int64_t first = column + c * 16;
-            __m512 v = acc[r][c];
-            if (to.kind == GATED) {
-                if (c % 2) continue;
-                const __m512 sigmoid =
-                    _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(_mm512_sub_ps(_mm512_setzero_ps(), v))));
-                const __m512 up = acc[r][c + 1 < C ? c + 1 : c];
-                store_bf16((bf16*)to.data + (row + r) * to.stride + first / 2, _mm512_mul_ps(_mm512_mul_ps(v, sigmoid), up));
-                continue;
-            }
-            const int64_t left = columns - first;
-            const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-            if (to.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, to.bias + first));
-            const int64_t at = (row + r) * to.stride + first;
-            if (to.kind == STORE) {
-                _mm256_mask_storeu_epi16((bf16*)to.data + at, mask, (__m256i)_mm512_cvtneps_pbh(v));
-            } else {
-                float* out = (float*)to.data + at;
-                if (to.kind == ADD_FLOAT) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, out));
-                _mm512_mask_storeu_ps(out, mask, v);
-            }
-        }
-    }
+    for (int r = 0; r < R; ++r) finish<C>(acc[r], column, columns, to, row + r);
 }
 
 template <int R>

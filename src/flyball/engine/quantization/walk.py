@@ -131,7 +131,7 @@ def layer_error(name: str, weight: Tensor, made: QuantizedLinear) -> LayerError:
     step = max(1, 2**20 // made.in_features)
     for start in range(0, made.out_features, step):
         rows = slice(start, start + step)
-        wide = weight[rows].float()
+        wide = weight[rows].detach().float()
         gap = wide - made.dequantize(rows)
         lost += float(gap.square().sum(dtype=torch.float64))
         norm += float(wide.square().sum(dtype=torch.float64))
