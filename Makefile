@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types unit test check sweep demo bench
+.PHONY: help setup fmt lint types unit test check sweep gpu demo bench
 
 # The first Python from 3.11 on that runs and can make virtual environments; PYTHON=... overrides it.
 PYTHON = $(shell for p in python3.11 python3.12 python3; do \
@@ -52,6 +52,9 @@ sweep: $(INSTALLED)  ## the exhaustive proofs that `make test` samples: some ten
 	$(PYTEST) -m sweep tests
 
 check: lint types unit  ## what to run before each commit
+
+gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 demo: $(INSTALLED)  ## the main job end to end on the bundled model: serve, measure, tune, fit, plan
 	$(BIN)/flyball demo

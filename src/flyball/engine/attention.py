@@ -5,6 +5,7 @@ they are; `paged_attention` writes their keys and values into the paged cache an
 
 Symbols: T tokens of the step, H query heads, K key-value heads, G = H / K, D head size, S cache positions.
 Decode rows are gathered block by block into a few padded groups of similar length; each prefill chunk attends alone.
+On CUDA torch's varlen kernel reads the blocks where they lie, in one call for all; `varlen_trouble` tries it first.
 """
 
 from __future__ import annotations
@@ -108,6 +109,32 @@ class PrefillChunk:
 
 
 @dataclass(slots=True)
+class VarlenStep:
+    """A step of N requests as `torch.nn.attention.varlen.varlen_attn` takes it; integers are int32."""
+
+    cu_seq_q: Tensor  # [N + 1] where each request's queries begin in the flat step
+    lengths: Tensor  # [N] positions of each request, the step's own included
+    blocks: Tensor  # [N, M] block tables, padded
+    max_q: int
+    max_k: int
+
+    def attend(
+        self, query: Tensor, cache: PagedTensors, layer: int, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Causal attention of query [T, H, D] to the cached past, [T, H, D]."""
+        from torch.nn.attention.varlen import varlen_attn  # CUDA only: it loads slowly and not everywhere
+
+        keys, values = (t.view(-1, cache.block_size, *t.shape[1:]) for t in (cache.keys[layer], cache.values[layer]))
+        seen: Tensor = varlen_attn(
+            query, keys, values, self.cu_seq_q, None, self.max_q, self.max_k, scale=scaling,
+            window_size=(-1 if window is None else window - 1, 0), enable_gqa=keys.shape[2] != query.shape[1],
+            seqused_k=self.lengths, block_table=self.blocks,
+            num_splits=1,  # a request's bits must not depend on its company
+        )  # fmt: skip
+        return seen
+
+
+@dataclass(slots=True)
 class StepBatch:
     """Where each token of a flat step belongs; made once a step, read by every layer."""
 
@@ -116,6 +143,7 @@ class StepBatch:
     decodes: Sequence[DecodeGroup]
     prefills: Sequence[PrefillChunk]
     alone: bool  # the decode rows are the whole step, in order: no scatter is needed
+    varlen: VarlenStep | None = None  # then decodes and prefills are empty
 
 
 def paged_attention(
@@ -142,6 +170,8 @@ def paged_attention(
     cache = paged.cache
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     cache.write(layer, paged.slots, keys, values)
+    if paged.varlen is not None:
+        return paged.varlen.attend(query[0].transpose(0, 1), cache, layer, scaling, sliding_window)[None], None
     heads, tokens, dim = query.shape[1:]
     kv_heads = keys.shape[1]
     out = query.new_empty((tokens, heads, value.shape[-1]))
@@ -185,6 +215,63 @@ def _attend(
     scores = torch.tanh(scores / softcap) * softcap
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return weights @ value
+
+
+def varlen_trouble(cache: PagedTensors, heads: int, softcap: float | None) -> str | None:
+    """Why torch's varlen kernel cannot be used with this cache, or None: then a trial gave what gathering gives.
+
+    The trial is a prefill chunk with a past and a decode, with and without a sliding window, in the cache's first
+    blocks, which are zeroed again.
+    """
+    keys = cache.keys[0]
+    if keys.device.type != "cuda":
+        return f"it runs on CUDA, not on {keys.device.type}"
+    if softcap is not None:
+        return "it knows no soft cap"
+    return trial(cache, heads)
+
+
+def trial(cache: PagedTensors, heads: int) -> str | None:
+    """Compare the varlen kernel with gathering, on random values in the cache's first blocks."""
+    size, (_, kv_heads, dim), device = cache.block_size, cache.keys[0].shape, cache.keys[0].device
+    if cache.padding < 3:
+        return "the cache is too small to try it"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def integers(values: Sequence[object], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(cache.keys[0].dtype)
+
+    past, count, length = size - 1, 4, size // 2 + 1  # a chunk over the end of block 0 into 2, and a decode in block 1
+    slots = integers([past, 2 * size, 2 * size + 1, 2 * size + 2, size + length - 1])
+    groups = [DecodeGroup(integers([count]), integers([[1]]), integers([length]))]
+    chunks = [PrefillChunk(0, count, past, integers([[0, 2]]))]
+    gathered = StepBatch(cache, slots, groups, chunks, alone=False)
+    ints = torch.int32
+    step = VarlenStep(
+        cu_seq_q=integers([0, count, count + 1], ints), lengths=integers([past + count, length], ints),
+        blocks=integers([[0, 2], [1, cache.padding]], ints), max_q=count, max_k=past + count,
+    )  # fmt: skip
+    layer = torch.nn.Module()
+    layer.layer_idx = 0  # type: ignore[assignment]
+    try:
+        for window in (None, 3):
+            for tensor in (cache.keys[0], cache.values[0]):
+                tensor[: 3 * size] = random(3 * size, kv_heads, dim)
+            inputs = (random(1, heads, count + 1, dim), *(random(1, kv_heads, count + 1, dim) for _ in range(2)))
+            seen = [
+                paged_attention(layer, *inputs, None, sliding_window=window, paged=batch)[0]
+                for batch in (gathered, StepBatch(cache, slots, [], [], alone=False, varlen=step))
+            ]
+            if not torch.allclose(*seen, atol=0.02, rtol=0.02):
+                return "its result differs from what gathering gives"
+    except (RuntimeError, TypeError, ImportError) as error:
+        return str(error).splitlines()[0][:120]
+    finally:
+        cache.clear(integers([0, 1, 2]))
+    return None
 
 
 AttentionInterface.register(NAME, paged_attention)

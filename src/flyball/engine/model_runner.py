@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from flyball.core.errors import InvalidInput
-from flyball.engine.attention import NAME, DecodeGroup, PagedTensors, PrefillChunk, StepBatch
+from flyball.engine.attention import (
+    NAME,
+    DecodeGroup,
+    PagedTensors,
+    PrefillChunk,
+    StepBatch,
+    VarlenStep,
+    varlen_trouble,
+)
 from flyball.engine.config import EngineConfig, pool_blocks
 from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel
@@ -34,6 +43,7 @@ class ModelShape:
     """What the engine needs to know of a checkpoint."""
 
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
@@ -75,6 +85,11 @@ class ModelRunner:
                         f"kernels=compiled cannot be used: {reason}; use kernels=auto or torch"
                     ) from None
                 self.kernels = f"torch ({reason})"
+        self.varlen = False  # one call for all attention of a step; else blocks are gathered
+        if config.device.startswith("cuda"):
+            trouble = varlen_trouble(self.cache, s.heads, getattr(self.model.config, "attn_logit_softcapping", None))
+            self.varlen = trouble is None
+            self.kernels = f"torch, {f'gathered attention ({trouble})' if trouble else 'varlen attention'}"
 
     def _fused(self) -> FusedModel:
         kind = QuantizedFusedModel if self.quantization in FORMATS else FusedModel
@@ -148,13 +163,26 @@ class ModelRunner:
             slots += [table[p // size] * size + p % size for p in positions[place : place + part.count]]
             if part.count == 1:
                 decodes.append((place, part))
-            else:
+            elif not self.varlen:
                 needed = table[: -(-(part.start + part.count) // size)]
                 prefills.append(PrefillChunk(place, part.count, part.start, self._long([needed])))
             place += part.count
+        if self.varlen:
+            return StepBatch(self.cache, self._long(slots), [], [], alone=False, varlen=self._varlen(parts))
         groups = self._decode_groups(decodes)
         alone = len(groups) == 1 and not prefills
         return StepBatch(self.cache, self._long(slots), groups, prefills, alone)
+
+    def _varlen(self, parts: Sequence[Scheduled]) -> VarlenStep:
+        counts = [part.count for part in parts]
+        ends = [part.start + part.count for part in parts]
+        width = max(-(-end // self.block_size) for end in ends)
+        tables = [part.request.block_table[:width] for part in parts]
+        padded = [table + [self.cache.padding] * (width - len(table)) for table in tables]
+        return VarlenStep(
+            cu_seq_q=self._int32([0, *accumulate(counts)]), lengths=self._int32(ends), blocks=self._int32(padded),
+            max_q=max(counts), max_k=max(ends),
+        )  # fmt: skip
 
     def _decode_groups(self, decodes: list[tuple[int, Scheduled]]) -> list[DecodeGroup]:
         """Group rows of similar length, so that gathered padding stays small; order is kept within one group."""
@@ -186,6 +214,9 @@ class ModelRunner:
             self._long(padded),
             self._long([part.start + 1 for _, part in decodes]),
         )
+
+    def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _long(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -254,6 +285,7 @@ def shape_of(raw: Any, dtype: torch.dtype, eos: int | list[int] | None) -> Model
     heads = config.num_attention_heads
     return ModelShape(
         layers=config.num_hidden_layers,
+        heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
