@@ -14,7 +14,8 @@ naive      the last sample
 ewma       l += (1 - 2^(-dt/H)) (y - l)
 holt       level and slope (Holt, 1957), the slope fading with distance: l + b (1 - 2^(-h/D)) D / ln 2 (damped trend,
            Gardner and McKenzie, 1985)
-seasonal   the level times the season's ratio between then and now; holt until one whole season was seen
+seasonal   the rate a season before then, scaled by the level over that a season before now; holt until a season is
+           known: given, or found as the lag at which the rates agree best with themselves (autocorrelation)
 portfolio  whichever of the others was least off lately at this distance
 """
 
@@ -25,6 +26,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from flyball.core.errors import InvalidInput
 
 _ERROR_MEMORY_S = 900.0  # half-life of what is known about a method's errors
@@ -33,6 +36,10 @@ _PRIOR_WEIGHT = 4.0  # forecasts that the prior counts for
 _SWITCH_GAIN = 0.9  # another method takes over once its error is under this share of the present one's
 _SD_OF_MEAN_ERROR = 1.25  # standard deviation over mean absolute error, of a normal law
 _MOST_PENDING = 512
+_BIN_S, _MOST_BINS = 60.0, 3000  # of the seasonal method's memory: two days of minutes
+_LEAST_LAG, _LEAST_OVERLAP = 5, 12  # bins
+_AGREED = 0.7  # autocorrelation that makes a season
+_BEYOND_CHANCE = 3.0  # the rates' variance over a Poisson process's
 
 
 class Sample(NamedTuple):
@@ -63,12 +70,15 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a method remembers: level, slope, and of the seasonal one the season's bins."""
+    """What a method remembers: level, slope, and of the seasonal one mean rates by bin of time."""
 
     at_s: float = -math.inf
     level: float = math.nan
     slope: float = 0.0
-    bins: tuple[float, ...] = ()  # mean rate by phase of the season; NaN: not seen yet
+    bins: tuple[float, ...] = ()  # of whole bins, the last one ending at `bin_s`
+    bin_s: float = -math.inf
+    open_bin: tuple[float, float] = (0.0, 0.0)  # arrivals and seconds in the bin that is not whole yet
+    season: int = 0  # bins; 0: none known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +88,13 @@ class Method:
     level_s: float = 0.0  # half-life of the level; 0: the last sample is the level
     slope_s: float = 0.0  # half-life of the slope; 0: no slope
     fade_s: float = 600.0  # distance after which half of the slope is no longer believed
-    season_s: float = 0.0  # length of a season; 0: none
-    bins: int = 96
+    seasonal: bool = False
+    season_s: float = 0.0  # length of the season; 0: to be found
 
     def update(self, state: State, sample: Sample) -> State:
         """Learn a sample."""
         if math.isnan(state.level):
-            return State(sample.at_s, sample.rate_rps, 0.0, self._season(state, sample))
+            return State(sample.at_s, sample.rate_rps, bin_s=sample.at_s)
         dt = max(sample.at_s - state.at_s, 1e-9)
         gain = 1.0 - math.exp2(-dt / self.level_s) if self.level_s else 1.0
         expected = state.level + state.slope * dt
@@ -92,39 +102,77 @@ class Method:
         slope = state.slope
         if self.slope_s:
             slope += (1.0 - math.exp2(-dt / self.slope_s)) * ((level - state.level) / dt - slope)
-        return State(sample.at_s, level, slope, self._season(state, sample))
+        moved = replace(state, at_s=sample.at_s, level=level, slope=slope)
+        return self._binned(moved, sample, dt) if self.seasonal else moved
 
-    def _season(self, state: State, sample: Sample) -> tuple[float, ...]:
-        if not self.season_s:
-            return ()
-        bins = state.bins or (math.nan,) * self.bins
-        place = self._bin(sample.at_s)
-        old = bins[place]
-        new = sample.rate_rps if math.isnan(old) else old + 0.3 * (sample.rate_rps - old)
-        return (*bins[:place], new, *bins[place + 1 :])
+    @property
+    def _bin_s(self) -> float:
+        """A minute, or a ninety-sixth of a season that is longer than that many minutes."""
+        return max(_BIN_S, self.season_s / 96.0)
 
-    def _bin(self, at_s: float) -> int:
-        return int(at_s % self.season_s / self.season_s * self.bins)
+    def _binned(self, state: State, sample: Sample, dt: float) -> State:
+        arrivals, seconds = state.open_bin[0] + sample.rate_rps * dt, state.open_bin[1] + dt
+        if seconds < self._bin_s - 1e-6:
+            return replace(state, open_bin=(arrivals, seconds))
+        bins = (*state.bins, arrivals / seconds)[-_MOST_BINS:]
+        season = round(self.season_s / self._bin_s) if self.season_s else found_season(bins, self._bin_s)
+        return replace(state, bins=bins, bin_s=sample.at_s, open_bin=(0.0, 0.0), season=season)
+
+    def _then(self, state: State, horizon_s: float) -> float | None:
+        """The rate a season before then, scaled to the present level; None while no season is known and whole."""
+        season, bins = state.season, state.bins
+        if not season or len(bins) < season + 2:
+            return None
+
+        def rate(at_s: float) -> float:  # of the season's same phase, most recent whole one, a little smoothed
+            place = (at_s - state.bin_s) / self._bin_s - 0.5
+            place -= season * math.ceil((place + 1.0) / season)
+            low = math.floor(place)
+            share = place - low
+            index = len(bins) + low
+            return bins[max(index, 0)] * (1.0 - share) + bins[max(min(index + 1, len(bins) - 1), 0)] * share
+
+        before, then = rate(state.at_s - season * self._bin_s), rate(state.at_s + horizon_s)
+        scale = state.level / before if before > 0 else 1.0
+        return then * min(max(scale, 0.8), 1.25)
 
     def ahead(self, state: State, horizon_s: float) -> float:
         """The rate expected then."""
-        then, now = self._ratio(state, horizon_s)
-        if then is not None and now is not None and now > 0:
-            return state.level * min(then / now, 10.0)
+        seasonal = self._then(state, horizon_s) if self.seasonal else None
+        if seasonal is not None:
+            return seasonal
         reach_s = self.fade_s * (1.0 - math.exp2(-horizon_s / self.fade_s)) / math.log(2.0)
         return max(state.level + state.slope * reach_s, 0.0)
 
-    def _ratio(self, state: State, horizon_s: float) -> tuple[float | None, float | None]:
-        if not state.bins or any(math.isnan(value) for value in state.bins):
-            return None, None
-        return state.bins[self._bin(state.at_s + horizon_s)], state.bins[self._bin(state.at_s)]
+
+def found_season(bins: tuple[float, ...], bin_s: float) -> int:
+    """The lag in bins at which rates agree best with themselves, or 0 where there is none to be sure of.
+
+    It must have been seen one and a half times, explain more than chance does, and agree to 7 tenths.
+    """
+    count = len(bins)
+    if count < _LEAST_OVERLAP + _LEAST_LAG:
+        return 0
+    x = np.array(bins) - np.mean(bins)
+    if float(x @ x) / count < _BEYOND_CHANCE * max(float(np.mean(bins)), 1e-9) / bin_s:
+        return 0
+    best, agreed = 0, _AGREED
+    for lag in range(_LEAST_LAG, count - _LEAST_OVERLAP + 1):
+        if count < 1.5 * lag:
+            break
+        a, b = x[:-lag], x[lag:]
+        norm = math.sqrt(float(a @ a) * float(b @ b))
+        agreement = float(a @ b) / norm if norm > 0 else 0.0
+        if agreement > agreed + (0.05 if best else 0.0):  # of like ones the shortest
+            best, agreed = lag, agreement
+    return best
 
 
 METHODS: Mapping[str, Method] = {
     "naive": Method(),
-    "ewma": Method(level_s=90.0),
+    "ewma": Method(level_s=60.0),
     "holt": Method(level_s=60.0, slope_s=180.0),
-    "seasonal": Method(level_s=120.0, slope_s=300.0, season_s=86_400.0),
+    "seasonal": Method(level_s=60.0, slope_s=180.0, seasonal=True),
 }
 PORTFOLIO = ("ewma", "holt", "seasonal")
 NAMES = (*METHODS, "portfolio")
@@ -199,6 +247,9 @@ def _track(method: Method, old: Tracked, sample: Sample, horizon_s: float) -> Tr
         off_rps = off_rps * fade + math.sqrt(max(error * error - sample.noise_var, 0.0))
         weight = weight * fade + 1.0
     state = method.update(old.state, sample)
+    if state.season and not old.state.season:  # what it said before it knew the season says nothing of it now
+        off_rps, weight = 0.0, 0.0
+        old = Tracked(old.state)
     later = [p for p in old.pending if p.due_s > sample.at_s][-_MOST_PENDING:]
     later.append(_Pending(sample.at_s + horizon_s, method.ahead(state, horizon_s)))
     return Tracked(state, tuple(later), off_rps, weight)
@@ -210,8 +261,8 @@ def _deviation(one: Tracked, rate_rps: float) -> float:
     return _SD_OF_MEAN_ERROR * (one.off_rps + _PRIOR_WEIGHT * prior) / (one.weight + _PRIOR_WEIGHT)
 
 
-def forecaster(name: str, *, season_s: float = 86_400.0) -> Forecaster:
-    """The forecaster of this name; `season_s` is the length of the season that the seasonal one looks for.
+def forecaster(name: str, *, season_s: float = 0.0) -> Forecaster:
+    """The forecaster of this name; `season_s` is the length of the load's season, or 0 to look for one.
 
     >>> one = forecaster("ewma")
     >>> outlook = one.update(one.start(), Sample(0.0, 8.0, 60.0), 60.0)
@@ -221,4 +272,4 @@ def forecaster(name: str, *, season_s: float = 86_400.0) -> Forecaster:
     if name not in NAMES:
         raise InvalidInput(f"unknown forecast {name!r}; use one of {', '.join(NAMES)}")
     methods = {n: METHODS[n] for n in (PORTFOLIO if name == "portfolio" else (name,))}
-    return Forecaster(methods={n: replace(m, season_s=season_s) if m.season_s else m for n, m in methods.items()})
+    return Forecaster(methods={n: replace(m, season_s=season_s) if m.seasonal else m for n, m in methods.items()})

@@ -25,7 +25,7 @@ from flyball.planner.forecast import Forecaster, Outlook, Sample, forecaster
 from flyball.planner.options import Option, Sizer
 
 _MOST_PERIODS = 3.0  # that a look can age the loop by
-_LENGTHS_KEPT = 2000.0  # requests that the mean lengths are over, older ones fading
+_LENGTHS_KEPT = 10_000.0  # requests that the mean lengths are over, older ones fading
 _LENGTHS_STATED = 20.0  # requests that lengths stated in the spec count for
 _UNKNOWN_LENGTHS = (math.nan, math.nan, 0.0)  # tokens in, out, and how many requests' mean this is
 _STUCK_AFTER = 4.0  # start-up times that a replica may take before it counts as stuck
@@ -38,7 +38,7 @@ class LoopSettings:
     analyzers: tuple[str, ...] = ("slo",)
     period_s: float = 15.0
     forecast: str = "portfolio"
-    season_s: float = 86_400.0
+    season_s: float = 0.0  # length of the load's season; 0: found in the load itself
     share: float | None = 0.95  # of requests that shall see what was promised; None: their mean
     damping: Damping = field(default_factory=Damping)
     start_up_s: float = 120.0  # of a replica, until one was seen to start
@@ -48,7 +48,7 @@ class LoopSettings:
     retention_s: float = 600.0  # without a request, before a server goes to zero (where its min_replicas is 0)
 
     def __post_init__(self) -> None:
-        for name in ("period_s", "start_up_s", "retention_s", "season_s"):
+        for name in ("period_s", "start_up_s", "retention_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InvalidInput(f"{name} is {value}; give a number of seconds above 0")
@@ -452,7 +452,7 @@ def _fewer(p: _Plan, counts: Mapping[str, int]) -> Alternative | None:
         return None
     option = max(used, key=lambda o: o.cost_per_h)
     left = {**counts, option.name: counts[option.name] - 1}
-    takes = math.fsum(o.capacity_rps * left.get(o.name, 0) for o in p.options)
+    takes = math.fsum(o.takes_rps(left.get(o.name, 0)) for o in p.options)
     cost = math.fsum(o.cost_per_h * left.get(o.name, 0) for o in p.options)
     rate = p.wish.rate_rps
     why = f"takes {takes:.3g} of {rate:.3g} requests/s" if takes < rate else "would do, once it is sure to last"

@@ -19,7 +19,8 @@ from flyball.performance.sizing import Goals, Sized, size
 from flyball.planner.problem import BATCH_CEILING
 
 DEFAULT_INPUT_TOKENS, DEFAULT_OUTPUT_TOKENS = 512.0, 128.0  # of a server that has said nothing and seen nothing
-_STEPS_PER_DOUBLING = 8  # lengths are rounded so: a capacity is worked out once for loads within 9 %
+_ALONE = 1 / 6  # of a replica, given away to chance
+_STEPS_PER_DOUBLING = 16  # lengths are rounded so: a capacity is worked out once for loads within 4 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +34,13 @@ class Margins:
     def for_share(cls, share: float | None) -> Margins:
         """For a promise to this share of requests; None: to their mean.
 
-        A request's mean gap is a mean already; requests differ by which prefills they met, some four hundredths of the
-        limit for each e-fold of the share left out. Times to first token spread more: half the limit is held.
+        A request's mean gap is a mean already; requests differ by which prefills they met, some five hundredths of the
+        limit for each e-fold of the share left out (simulated: benchmarks/fleet_control.py's law and lengths). Times to
+        first token spread more: half the limit is held.
         """
         if share is None:
             return cls()
-        return cls(ttft=0.5, itl=1.0 / (1.0 + 0.04 * math.log(1.0 / (1.0 - share))))
+        return cls(ttft=0.5, itl=1.0 / (1.0 + 0.05 * math.log(1.0 / (1.0 - share))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +73,16 @@ class Option:
         """Of the accelerator's type, for one replica."""
         return self.accelerator.units * self.profile.accelerators
 
+    def takes_rps(self, replicas: int) -> float:
+        """What some replicas together take within the promise: with more to choose from, chance meets a request less.
+
+        The first counts for five sixths, each further one for a whole (simulated, least loaded of 1 to 6).
+        """
+        return max(replicas - _ALONE, 0.0) * self.capacity_rps
+
     def replicas(self, rate_rps: float) -> int:
         """The fewest that take a rate within the promise."""
-        return math.ceil(rate_rps / self.capacity_rps - 1e-9)
+        return math.ceil(rate_rps / self.capacity_rps + _ALONE - 1e-9) if rate_rps > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +105,12 @@ class Sizer:
 
 
 def _rounded(tokens: float, default: float) -> float:
-    """To the next eighth of a doubling upwards, so that small changes of the mean ask nothing new."""
+    """To the nearest sixteenth of a doubling, so that small changes of the mean ask nothing new."""
     if math.isnan(tokens):
         return default
     if tokens <= 0:
         return 0.0
-    return math.exp2(math.ceil(math.log2(tokens) * _STEPS_PER_DOUBLING - 1e-9) / _STEPS_PER_DOUBLING)
+    return math.exp2(round(math.log2(tokens) * _STEPS_PER_DOUBLING) / _STEPS_PER_DOUBLING)
 
 
 def _options(
