@@ -64,7 +64,7 @@ def test_noise_at_constant_load_turns_the_loop_round_at_most_once_in_ten_cycles(
 def test_load_is_followed_up_and_down() -> None:
     """When load triples replicas come, when it falls they go, and the backlog is worked off."""
     spec = fleet_spec()
-    fleet = ToyFleet(spec=spec, rates={"chat": lambda t: 15.0 if 1800 <= t < 3600 else 4.0})
+    fleet = ToyFleet(spec=spec, rates={"chat": lambda t: 15.0 if 1800 <= t < 3600 else 3.0})
     fleet.put("chat", "H100", 1)
     counts = counts_over(fleet, FleetLoop(spec), 7200)
     assert counts[100] == 1
