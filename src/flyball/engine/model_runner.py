@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
@@ -73,6 +72,7 @@ class ModelRunner:
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
         )
         self.fused: FusedModel | None = None
+        self._keeps_hidden = False
         self.hidden: Tensor | None = None  # states [R, d] before the output layer, if they are kept
         self.kernels = "torch"  # what computes the steps, and why not something faster
         if config.kernels != "torch":
@@ -114,7 +114,10 @@ class ModelRunner:
     def forward(self, parts: Sequence[Scheduled]) -> Tensor:
         """Compute a step; returns logits [R, V] of the parts that sample, in their order."""
         if self.fused is not None:
-            return self.fused.forward(parts)
+            logits = self.fused.forward(parts)
+            if self._keeps_hidden:
+                self.hidden = self.fused.states()
+            return logits
         ids: list[int] = []
         positions: list[int] = []
         sampled: list[int] = []
@@ -132,20 +135,23 @@ class ModelRunner:
         ).logits
         return logits[0]
 
-    def keep_hidden(self) -> bool:
-        """Keep the states of sampled rows of each step from now on; False: what computes the steps cannot."""
+    def keep_hidden(self) -> None:
+        """Keep the states of sampled rows of each step from now on."""
+        self._keeps_hidden = True
         if self.fused is not None:
-            return False
+            return
 
         def keep(_module: Any, inputs: tuple[Tensor, ...]) -> None:  # noqa: ANN401  # untyped
             self.hidden = inputs[0][0]
 
         self.model.get_output_embeddings().register_forward_pre_hook(keep)
-        return True
 
     def logits_of(self, states: Tensor) -> Tensor:
         """Logits of states [R, d] as the output layer makes them."""
-        logits: Tensor = F.linear(states, self.model.get_output_embeddings().weight)
+        if self.fused is not None:
+            return self.fused.logits_of(states)
+        layer = self.model.get_output_embeddings()
+        logits: Tensor = type(layer).forward(layer, states)  # without the hook that keeps what goes in
         return logits
 
     def clear(self, blocks: list[int]) -> None:

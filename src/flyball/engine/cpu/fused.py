@@ -63,6 +63,8 @@ class FusedModel:
         for i, layer in enumerate(decoder.layers):
             layers[i] = self._layer(layer, cache, i)
             decoder.layers[i] = torch.nn.Identity()  # the packed copy is the only one kept
+        self._norm = decoder.norm.weight.float()
+        self._last = (0, torch.empty(0, dtype=torch.long))  # tokens of the last step, and its sampled rows
         cos, sin = _rotary_tables(decoder, positions)
         head_dim = cos.shape[-1]
         self.vocab = model.lm_head.out_features
@@ -70,7 +72,7 @@ class FusedModel:
             layers=len(layers), hidden=config.hidden_size, heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads, head_dim=head_dim, intermediate=config.intermediate_size,
             vocab=self.vocab, block_size=cache.block_size, eps=config.rms_norm_eps, scaling=head_dim**-0.5,
-            embedding=self._pointer(decoder.embed_tokens.weight), norm=self._pointer(decoder.norm.weight.float()),
+            embedding=self._pointer(decoder.embed_tokens.weight), norm=self._pointer(self._norm),
             head=self._matrix(model.lm_head), cos=self._pointer(cos), sin=self._pointer(sin),
             layer=ctypes.addressof(layers),
         )  # fmt: skip
@@ -113,7 +115,31 @@ class FusedModel:
             scratch=self._scratch.data_ptr(),
         )  # fmt: skip
         self._run(step)
+        self._last = (total, torch.from_numpy(sampled).long())
         return logits
+
+    def states(self) -> Tensor:
+        """States [R, hidden] after the last norm, of the rows that the last step sampled; float32.
+
+        The residual stream lies first in the scratch and is left there by a step.
+        """
+        tokens, sampled = self._last
+        hidden, start = self._model.hidden, -self._scratch.data_ptr() % 64
+        whole = self._scratch[start : start + tokens * hidden * 4].view(torch.float32)
+        stream: Tensor = whole.view(tokens, hidden)[sampled]
+        scale = torch.rsqrt(stream.square().mean(-1, keepdim=True) + self._model.eps)
+        return stream * scale * self._norm
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Logits [R, V] of states [R, hidden] by the output layer."""
+        x = states.to(torch.bfloat16).contiguous()
+        logits = torch.empty((len(x), self.vocab), dtype=torch.float32)
+        self._output(x, logits)
+        return logits
+
+    def _output(self, x: Tensor, logits: Tensor) -> None:
+        m = self._model
+        self._kernels.fb_linear(x.data_ptr(), len(x), m.hidden, m.head, m.vocab, logits.data_ptr(), self._threads)
 
     def _run(self, step: Step) -> None:
         self._kernels.fb_forward(ctypes.byref(self._model), ctypes.byref(step))

@@ -45,6 +45,10 @@ class QuantizedFusedModel(FusedModel):
     def _run(self, step: Step) -> None:
         self._kernels.fq_forward(ctypes.byref(self._model), ctypes.byref(step))
 
+    def _output(self, x: Tensor, logits: Tensor) -> None:
+        m = self._model
+        self._kernels.fq_linear(x.data_ptr(), len(x), m.hidden, m.head, m.vocab, logits.data_ptr(), self._threads)
+
     def _matrix(self, *layers: Any, gated: bool = False) -> int:  # noqa: ANN401  # untyped library
         if isinstance(layers[0], QuantizedLinear):
             weight, tensors = pack(self._kernels, layers, gated=gated)
@@ -97,7 +101,7 @@ def bytes_and_scales(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
 
 def check_quantized(model: Any) -> None:  # noqa: ANN401  # untyped library
     """Raise KernelsUnavailable, with the reason, for quantised layers that the kernels cannot put together."""
-    groups = [(model.lm_head,)]
+    groups: list[tuple[Any, ...]] = [(model.lm_head,)]
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         groups += [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),

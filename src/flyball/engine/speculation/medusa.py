@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flyball.core.errors import InvalidInput
 from flyball.engine.config import EngineConfig
 from flyball.engine.model_runner import ModelRunner
 from flyball.engine.request import Request
@@ -21,15 +20,12 @@ class MedusaProposer:
     def __init__(self, config: EngineConfig, target: ModelRunner) -> None:
         """Raises InvalidInput for heads of another model."""
         assert config.medusa_heads is not None
-        if not target.keep_hidden():
-            raise InvalidInput(
-                "the compiled kernels do not hand out the states that Medusa heads need; use kernels=torch"
-            )
         self._target = target
         self.heads = MedusaHeads.load(
             config.medusa_heads, target.model.config.hidden_size, target.shape.dtype, config.device
         )
         self.longest = self.heads.heads
+        target.keep_hidden()
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[Draft]:
         """What the heads made of the state under each request's newest token."""
