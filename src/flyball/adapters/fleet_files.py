@@ -23,6 +23,7 @@ from flyball.core.fleet import (
     FleetSpec,
     LatencyProfile,
     Placement,
+    PowerCurve,
     ServerSpec,
     ServiceClass,
     Targets,
@@ -79,33 +80,48 @@ def _folder(path: Path) -> Callable[[str], Fields]:
 
 def _system(section: Callable[[str], Fields]) -> FleetSpec:
     """SystemData, from a function that gives its sections."""
-    servers = tuple(_system_server(f) for f in section("serverData").each("servers"))
+    servers = tuple(system_server(f) for f in section("serverData").each("servers"))
     if not servers:
         raise InvalidInput(f"{section('serverData').path} lists no servers; add at least one to plan for")
     return FleetSpec(
-        accelerators=tuple(
-            Accelerator(
-                name=f.text("name", None),
-                type=f.text("type") or f.text("name"),
-                units=f.whole("multiplicity") or 1,
-                cost_per_h=f.number("cost"),
-                memory_gb=f.number("memSize"),
-                memory_gb_s=f.number("memBW"),
-            )
-            for f in section("acceleratorData").each("accelerators")
-        ),
-        profiles=tuple(_system_profile(f) for f in section("modelData").each("models")),
-        service_classes=tuple(
-            ServiceClass(
-                name=f.text("name", None),
-                priority=p if 1 <= (p := f.whole("priority", low=-1 << 31)) <= LOWEST_PRIORITY else LOWEST_PRIORITY,
-                targets={t.text("model", None): _system_targets(t) for t in f.each("modelTargets")},
-            )
-            for f in section("serviceClassData").each("serviceClasses")
-        ),
+        accelerators=tuple(system_accelerator(f) for f in section("acceleratorData").each("accelerators")),
+        profiles=tuple(system_profile(f) for f in section("modelData").each("models")),
+        service_classes=tuple(system_class(f) for f in section("serviceClassData").each("serviceClasses")),
         servers=servers,
         capacity={f.text("type", None): f.whole("count") for f in section("capacityData").each("count")},
         **_system_settings(section("optimizerData").inside("optimizer")),
+    )
+
+
+def system_accelerator(f: Fields) -> Accelerator:
+    """One of SystemData's accelerators; a power curve without a middle point is straight."""
+    power = f.inside("power")
+    middle = power.number("midUtil")
+    bent = 0 < middle < 1
+    curve = PowerCurve(
+        idle_w=power.number("idle"),
+        full_w=power.number("full"),
+        middle_w=power.number("midPower") if bent else None,
+        middle_at=middle if bent else 0.5,
+    )
+    return Accelerator(
+        name=f.text("name", None),
+        type=f.text("type") or f.text("name"),
+        units=f.whole("multiplicity") or 1,
+        cost_per_h=f.number("cost"),
+        memory_gb=f.number("memSize"),
+        memory_gb_s=f.number("memBW"),
+        power=curve if "power" in f else None,
+    )
+
+
+def system_class(f: Fields) -> ServiceClass:
+    """One of SystemData's service classes; a priority out of range is the lowest."""
+    priority = f.whole("priority", low=-1 << 31)
+    return ServiceClass(
+        name=f.text("name", None),
+        priority=priority if 1 <= priority <= LOWEST_PRIORITY else LOWEST_PRIORITY,
+        targets={t.text("model", None): system_targets(t) for t in f.each("modelTargets")},
     )
 
 
@@ -118,7 +134,8 @@ def _system_settings(f: Fields) -> dict[str, Any]:
     }
 
 
-def _system_profile(f: Fields) -> LatencyProfile:
+def system_profile(f: Fields) -> LatencyProfile:
+    """One of SystemData's models on one accelerator."""
     parameters = f.inside("perfParms")
     return LatencyProfile(
         model=f.text("name", None),
@@ -132,7 +149,8 @@ def _system_profile(f: Fields) -> LatencyProfile:
     )
 
 
-def _system_targets(f: Fields) -> Targets:
+def system_targets(f: Fields) -> Targets:
+    """Targets of a class for one model, as SystemData has them."""
     return Targets(
         ttft_s=f.number("slo-ttft") * _MS or None,
         itl_s=f.number("slo-itl") * _MS or None,
@@ -140,7 +158,8 @@ def _system_targets(f: Fields) -> Targets:
     )
 
 
-def _system_server(f: Fields) -> ServerSpec:
+def system_server(f: Fields) -> ServerSpec:
+    """One of SystemData's servers."""
     current = f.inside("currentAlloc")
     load = current.inside("load")
     return ServerSpec(
@@ -166,14 +185,22 @@ def _system_server(f: Fields) -> ServerSpec:
 
 def _ours(fields: Fields) -> FleetSpec:
     """Our own YAML."""
-    fields.only("accelerators", "capacity", "profiles", "service_classes", "servers", "unlimited")
+    fields.only(
+        "accelerators", "capacity", "profiles", "service_classes", "servers", "unlimited", "heterogeneous", "quotas",
+        "budget_per_h", "power_limit_w", "energy_price_per_kwh", "horizon_h", "saturation_policy",
+        "delayed_best_effort",
+    )  # fmt: skip
     return FleetSpec(
         accelerators=tuple(
             Accelerator(
-                name=f.only("name", "type", "units", "cost_per_h", *_HARDWARE).text("name", None),
+                name=f.only("name", "type", "units", "cost_per_h", "startup_cost", "power", *_HARDWARE).text(
+                    "name", None
+                ),
                 type=f.text("type") or f.text("name"),
                 units=f.whole("units", 1, low=1),
                 cost_per_h=f.number("cost_per_h", None),
+                startup_cost=f.number("startup_cost"),
+                power=_our_power(f.inside("power")) if "power" in f else None,
                 **{name: f.number(name) for name in _HARDWARE},
             )
             for f in fields.each("accelerators")
@@ -190,6 +217,24 @@ def _ours(fields: Fields) -> FleetSpec:
         servers=tuple(_our_server(f) for f in fields.each("servers")),
         capacity=dict(fields.inside("capacity").numbers()),
         unlimited=fields.flag("unlimited"),
+        heterogeneous=fields.flag("heterogeneous"),
+        quotas={name: dict(cards.numbers()) for name, cards in fields.inside("quotas").entries()},
+        budget_per_h=fields.number("budget_per_h", None) if "budget_per_h" in fields else None,
+        power_limit_w=fields.number("power_limit_w", None) if "power_limit_w" in fields else None,
+        energy_price_per_kwh=fields.number("energy_price_per_kwh"),
+        horizon_h=fields.number("horizon_h", 1.0),
+        saturation_policy=fields.choice("saturation_policy", SATURATION_POLICIES),
+        delayed_best_effort=fields.flag("delayed_best_effort"),
+    )
+
+
+def _our_power(f: Fields) -> PowerCurve:
+    f.only("idle_w", "full_w", "middle_w", "middle_at")
+    return PowerCurve(
+        idle_w=f.number("idle_w", None),
+        full_w=f.number("full_w", None),
+        middle_w=f.number("middle_w", None) if "middle_w" in f else None,
+        middle_at=f.number("middle_at", 0.5),
     )
 
 
@@ -226,7 +271,7 @@ def _our_targets(f: Fields) -> Targets:
 def _our_server(f: Fields) -> ServerSpec:
     f.only(
         "name", "class", "model", "arrival_rps", "input_tokens", "output_tokens", "min_replicas", "max_batch",
-        "max_queue", "keep_accelerator", "current",
+        "max_queue", "keep_accelerator", "current", "max_replicas", "quota",
     )  # fmt: skip
     current = f.inside("current").only("accelerator", "replicas", "cost_per_h")
     return ServerSpec(
@@ -239,6 +284,8 @@ def _our_server(f: Fields) -> ServerSpec:
             output_tokens=f.number("output_tokens", None),
         ),
         min_replicas=f.whole("min_replicas"),
+        max_replicas=f.whole("max_replicas", low=1) if "max_replicas" in f else None,
+        quota=f.text("quota"),
         max_batch=f.whole("max_batch"),
         max_queue=f.whole("max_queue", DEFAULT_MAX_QUEUE),
         keep_accelerator=f.flag("keep_accelerator"),
@@ -258,6 +305,7 @@ def _part(a: Allocation) -> dict[str, Any]:
         "cost": a.cost_per_h,
         "itlAverage": a.itl_s / _MS,
         "ttftAverage": a.ttft_s / _MS,
+        **({"powerW": a.power_w} if a.power_w else {}),
     }
 
 

@@ -42,16 +42,18 @@ def is_sweep(path: Path) -> bool:
 
 def read_sweep(path: Path, *, max_batch: int) -> list[OperatingPoint]:
     """The points of a sweep; `max_batch` is the server's limit where the file does not tell."""
-    if path.suffix.lower() == ".csv":
-        points = _rows(_csv(path), str(path), max_batch)
+    body = _csv(path) if path.suffix.lower() == ".csv" else _load(path)
+    return sweep_points(body, str(path), max_batch=max_batch)
+
+
+def sweep_points(body: object, path: str, *, max_batch: int) -> list[OperatingPoint]:
+    """The points in what a sweep's JSON says, or a CSV's rows; `path` stands for it in complaints."""
+    if isinstance(body, list):
+        points = _rows(body, path, max_batch)
+    elif isinstance(body, dict) and "benchmarks" in body:
+        points = _guidellm(Fields(body, path), max_batch)
     else:
-        body = _load(path)
-        if isinstance(body, list):
-            points = _rows(body, str(path), max_batch)
-        elif isinstance(body, dict) and "benchmarks" in body:
-            points = _guidellm(Fields(body, str(path)), max_batch)
-        else:
-            points = _data_set(Fields(body, str(path)), max_batch)
+        points = _data_set(Fields(body, path), max_batch)
     found = list(points)
     if not found:
         raise InvalidInput(f"{path} has no point at a rate; give a sweep with constant rates")

@@ -54,9 +54,24 @@ def _root(
 
 @functools.cache  # once a process, however often it is asked for
 def _register() -> None:
-    from flyball.cli import bench, config, demo, engines, fit, hold, plan, quantize, serve, simulate, train_tiny, tune
+    from flyball.cli import (
+        bench,
+        compat,
+        config,
+        demo,
+        engines,
+        fit,
+        hold,
+        plan,
+        quantize,
+        serve,
+        simulate,
+        train_tiny,
+        tune,
+    )
 
     app.command("bench")(bench.run)
+    app.add_typer(compat.app, name="compat")
     app.add_typer(config.app, name="config")
     app.command("demo")(demo.run)
     app.add_typer(engines.app, name="engines")

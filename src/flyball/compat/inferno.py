@@ -1,8 +1,15 @@
-"""The stateless REST routes of llm-inferno: `/solve`, `/target`, `/optimize` (queue-analysis) and `/optimizeOne`.
+"""llm-inferno's REST services in one application, with their bodies and units (milliseconds; requests per second, or
+per minute in SystemData) and keys in any case.
 
-Bodies and units are theirs (milliseconds, requests per second; per minute in SystemData), keys may be in any case. What
-is wrong with a body is told in `message` with a 4xx status. Two answers differ: a load of 0 is solved, and where some
-servers cannot be served the others are planned all the same and these listed in `unserved` (404 only if none can be).
+queue-analysis  /solve, /target, /optimize
+optimizer       /optimizeOne, and the state-full set (`flyball.compat.inferno_state`) with its own /optimize
+model-tuner     /tune, /merge, /getparams, /warmup, /calibrate, /calibration-status
+model-trainer   /train
+
+Two services have an /optimize: a body with a replica's parameters (`alpha`, `beta`, `gamma`) is queue-analysis', any
+other the optimizer's. What is wrong with a body is told in `message` with a 4xx status. Two answers differ: a load of 0
+is solved, and where some servers cannot be served the others are planned all the same and these listed in `unserved`
+(404 only if none can be).
 """
 
 from __future__ import annotations
@@ -10,7 +17,9 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from fastapi import Depends, FastAPI, Request
@@ -19,11 +28,13 @@ from fastapi.security import HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from flyball.adapters.fields import Fields, parse_json
-from flyball.adapters.fleet_files import allocation_solution, fleet_from_body
+from flyball.compat.inferno_state import FleetState, spelled
+from flyball.compat.inferno_state import routes as fleet_routes
+from flyball.compat.inferno_tuner import NothingTuned, Tuner, train
+from flyball.core.clock import SystemClock
 from flyball.core.errors import FlyballError, Infeasible, InvalidInput
 from flyball.performance.queueing import Metrics, Replicas, queue_model
 from flyball.performance.sizing import Goals, optimal_batch, size
-from flyball.planner.plan import plan
 from flyball.planner.problem import BATCH_CEILING
 
 _MS = 1e-3
@@ -34,51 +45,121 @@ _NUMBERS = (
     "targetITL",
 )  # fmt: skip
 _PROBLEM = {"type": "object", "properties": {name: {"type": "number", "minimum": 0} for name in _NUMBERS}}
+_OPTIMIZE = {"anyOf": [_PROBLEM, {"type": "object", "properties": {"unlimited": {"type": "boolean"}}}]}
+_ANY = {"type": "object"}
+_REPLICAS = {"type": "array", "items": {"type": "object"}, "minItems": 1}
 _SYSTEM = {"type": "object", "properties": {"system": {"type": "object"}}, "required": ["system"]}
 
 Answer = dict[str, Any]
 
 
-def create_app(*, token: str | None = None, law: str = "v3") -> FastAPI:
+def create_app(*, token: str | None = None, law: str = "v3", state: Path | None = None) -> FastAPI:
     """The routes as an application; with a token, only for who bears it. `law` names the queue model.
 
-    >>> [route.path for route in create_app().routes if route.path.startswith(("/so", "/ta", "/op"))]
-    ['/openapi.json', '/solve', '/target', '/optimize', '/optimizeOne']
+    `state` is a file in which the tuner keeps what it learns.
+
+    >>> app = create_app()
+    >>> [route.path for route in app.routes if route.path.startswith(("/so", "/ta", "/op", "/tr", "/tu"))]
+    ['/openapi.json', '/solve', '/target', '/optimize', '/optimizeOne', '/tune', '/train']
     """
     described = [Depends(HTTPBearer(auto_error=False))] if token else []  # for OpenAPI; `_respond` checks it
     app = FastAPI(title="Flyball for llm-inferno", docs_url=None, redoc_url=None, dependencies=described)
+    door = _Door(app, token)
+    fleet = FleetState(law=law, time_limit_s=_TIME_LIMIT_S)
+    tuner = Tuner(law=law, clock=SystemClock(), file=state)
 
-    def route(path: str, schema: Answer, answer: Callable[[Fields, str], Answer]) -> None:
-        async def handle(request: Request) -> JSONResponse:
-            return await _respond(request, token, lambda body: answer(body, law))
+    def optimize(body: object) -> Answer:
+        f = Fields(body, "body")
+        if any(name in f for name in _NUMBERS):
+            return _optimize(f, law)
+        spec = _mapping(body)
+        return fleet.call(lambda: fleet.optimize(spec.get("optimizer", spec)))
 
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        about = (answer.__doc__ or "").strip()
-        app.add_api_route(
-            path,
-            handle,
-            methods=["POST"],
-            name=path[1:],
-            summary=about,
-            openapi_extra={"requestBody": body},
-        )
-
-    route("/solve", _PROBLEM, _solve)
-    route("/target", _PROBLEM, _target)
-    route("/optimize", _PROBLEM, _optimize)
-    route("/optimizeOne", _SYSTEM, _optimize_one)
+    door.post("/solve", _PROBLEM, _about(_solve), lambda body: _solve(Fields(body, "body"), law))
+    door.post("/target", _PROBLEM, _about(_target), lambda body: _target(Fields(body, "body"), law))
+    door.post("/optimize", _OPTIMIZE, "The best batch of a replica, or a plan for the fleet that was set.", optimize)
+    door.post("/optimizeOne", _SYSTEM, _about(fleet.one), lambda body: fleet.call(lambda: fleet.one(_mapping(body))))
+    _add_fleet(door, fleet)
+    _add_tuner(door, tuner)
+    door.post("/train", _ANY, _about(train), lambda body: train(body, law))
     return app
 
 
-async def _respond(request: Request, token: str | None, answer: Callable[[Fields], Answer]) -> JSONResponse:
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Adds routes to an application."""
+
+    app: FastAPI
+    token: str | None
+
+    def post(self, path: str, schema: Answer, about: str, answer: Callable[[object], object]) -> None:
+        """A route that answers a body."""
+
+        async def handle(request: Request) -> JSONResponse:
+            return await _respond(request, self.token, answer)
+
+        described = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        self._add(path, "POST", about, handle, described)
+
+    def get(self, path: str, about: str, answer: Callable[..., object], *queried: str) -> None:
+        """A route that answers the parts of its path, or of its query."""
+        names = queried or tuple(part[1:-1] for part in path.split("/") if part.startswith("{"))
+
+        async def handle(request: Request) -> JSONResponse:
+            given = {name: request.path_params.get(name, request.query_params.get(name, "")) for name in names}
+            return await _respond(request, self.token, lambda _: answer(**given), bodiless=True)
+
+        place = "query" if queried else "path"
+        parameters = [{"name": n, "in": place, "required": True, "schema": {"type": "string"}} for n in names]
+        self._add(path, "GET", about, handle, {"parameters": parameters} if names else {})
+
+    def _add(self, path: str, method: str, about: str, handle: Callable[..., object], described: Answer) -> None:
+        self.app.add_api_route(
+            path, handle, methods=[method], name=path[1:], summary=about or path[1:], openapi_extra=described
+        )
+
+
+def _add_fleet(door: _Door, fleet: FleetState) -> None:
+    for method, path, change in fleet_routes(fleet):
+        if method == "POST":
+            door.post(
+                path, _ANY, _about(change), lambda body, change=change: fleet.call(lambda: change(_mapping(body)))
+            )
+        else:
+            door.get(path, _about(change), lambda change=change, **given: fleet.call(lambda: change(**given)))
+
+
+def _add_tuner(door: _Door, tuner: Tuner) -> None:
+    door.post("/tune", _REPLICAS, _about(tuner.tune), tuner.tune)
+    door.post("/calibrate", _REPLICAS, _about(tuner.calibrate), tuner.calibrate)
+    door.post("/merge", _ANY, _about(tuner.merge), lambda body: tuner.merge(_mapping(body)))
+    door.get("/getparams", _about(tuner.parameters), tuner.parameters, "model", "accelerator")
+    door.get("/warmup", _about(tuner.warmup), tuner.warmup)
+    door.get("/calibration-status", _about(tuner.status), tuner.status)
+
+
+def _about(answer: Callable[..., object]) -> str:
+    return (answer.__doc__ or "").strip().partition("\n")[0]
+
+
+def _mapping(body: object) -> Answer:
+    Fields(body, "body")  # complains unless it is one
+    return cast("Answer", spelled(body))
+
+
+async def _respond(
+    request: Request, token: str | None, answer: Callable[[object], object], *, bodiless: bool = False
+) -> JSONResponse:
     given = request.headers.get("authorization", "").encode()
     if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
         return _refusal(401, "no valid token; send the header Authorization: Bearer TOKEN")
-    body = await _read(request)
+    body = b"null" if bodiless else await _read(request)
     if body is None:
         return _refusal(413, f"the body is larger than {_MAX_BODY} bytes; send less")
     try:
         return JSONResponse(await run_in_threadpool(_answer, body, answer))
+    except NothingTuned as error:
+        return _refusal(422, str(error))
     except Infeasible as error:
         return _refusal(404, str(error))
     except FlyballError as error:
@@ -95,16 +176,16 @@ async def _read(request: Request) -> bytes | None:
     return bytes(body)
 
 
-def _answer(body: bytes, answer: Callable[[Fields], Answer]) -> Answer:
+def _answer(body: bytes, answer: Callable[[object], object]) -> object:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
         raise InvalidInput("the body is not text; send JSON in UTF-8") from None
     try:
         with np.errstate(over="raise", invalid="raise", divide="raise"):
-            found = answer(Fields(parse_json(text, "the body"), "body"))
+            found = answer(parse_json(text, "the body"))
         json.dumps(found, allow_nan=False)
-    except (FloatingPointError, OverflowError, ValueError):
+    except (FloatingPointError, OverflowError, ValueError, np.linalg.LinAlgError):
         raise InvalidInput("the body's numbers are out of any range a server has; correct them") from None
     return found
 
@@ -182,13 +263,3 @@ def _optimize(f: Fields, law: str) -> Answer:
         "M_TPF": int(best.batch_prefill[0]),
         "feasible": feasible,
     }
-
-
-def _optimize_one(f: Fields, law: str) -> Answer:
-    """An allocation for every server of a fleet."""
-    spec = fleet_from_body(f)
-    found = plan(spec, queue_model=law, time_limit_s=_TIME_LIMIT_S)
-    if not found.allocations:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.unserved.items())
-        raise Infeasible(f"no feasible allocation for any server: {reasons}")
-    return allocation_solution(spec, found)
