@@ -193,9 +193,11 @@ def _panel(
         return y0 + (HEIGHT - 40) * (1 - (value - low) / (top - low))
 
     drawn = [f'<text x="60" y="{y0 - 8}">{title}</text>']
-    for value in (low, (low + top) / 2, top):  # noqa: PERF401  # a line and its label
-        drawn.append(f'<line x1="60" x2="{WIDTH - 20}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
-                     f'<text x="54" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')  # fmt: skip
+    drawn += [
+        f'<line x1="60" x2="{WIDTH - 20}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
+        f'<text x="54" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+        for value in (low, (low + top) / 2, top)
+    ]
     drawn.append(f'<line x1="{x(half_s):.1f}" x2="{x(half_s):.1f}" y1="{y0}" y2="{y(low):.1f}" stroke="#888" '
                  'stroke-dasharray="2 3"/>')  # fmt: skip
     if limit:
