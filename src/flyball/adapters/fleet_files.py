@@ -241,7 +241,7 @@ def _our_power(f: Fields) -> PowerCurve:
 def _our_profile(f: Fields) -> LatencyProfile:
     f.only(
         "model", "accelerator", "alpha_ms", "beta_ms", "gamma_ms", "max_batch", "at_tokens", "max_step_tokens",
-        "accelerators", "queue_model", "delta_ms",
+        "accelerators", "queue_model", "delta_ms", "kv_tokens",
     )  # fmt: skip
     return LatencyProfile(
         model=f.text("model", None),
@@ -255,23 +255,33 @@ def _our_profile(f: Fields) -> LatencyProfile:
         max_step_tokens=f.whole("max_step_tokens"),
         accelerators=f.whole("accelerators", 1, low=1),
         queue_model=f.text("queue_model", "v3"),
+        kv_tokens=f.whole("kv_tokens"),
     )
 
 
 def _our_targets(f: Fields) -> Targets:
     limits: dict[str, float] = {}
-    for text in f.only("slo", "output_tps").items("slo"):
+    bounds: list[SloBound] = []
+    for text in f.only("slo", "output_tps", "max_loss").items("slo"):
         bound = SloBound.parse(str(text))
-        if bound.percentile is not None or bound.metric not in ("ttft", "itl"):
-            raise InvalidInput(f"{f.path}.slo has {text!r}; a plan holds mean_ttft and mean_itl, such as mean_ttft<1s")
-        limits[f"{bound.metric}_s"] = bound.limit_s
-    return Targets(output_tps=f.number("output_tps") or None, **limits)
+        if bound.metric == "tpot" and bound.percentile is not None:
+            raise InvalidInput(f"{f.path}.slo has {text!r}; a plan holds percentiles of ttft, itl and e2e, use p99_itl")
+        if bound.percentile is None and bound.metric != "e2e":
+            limits[f"{bound.metric.replace('tpot', 'itl')}_s"] = bound.limit_s
+        else:
+            bounds.append(bound)
+    return Targets(
+        output_tps=f.number("output_tps") or None,
+        bounds=tuple(bounds),
+        max_loss=f.number("max_loss") or None,
+        **limits,
+    )
 
 
 def _our_server(f: Fields) -> ServerSpec:
     f.only(
         "name", "class", "model", "arrival_rps", "input_tokens", "output_tokens", "min_replicas", "max_batch",
-        "max_queue", "keep_accelerator", "current", "max_replicas", "quota",
+        "max_queue", "keep_accelerator", "current", "max_replicas", "quota", "input_cv", "output_cv", "prefix_hit",
     )  # fmt: skip
     current = f.inside("current").only("accelerator", "replicas", "cost_per_h")
     return ServerSpec(
@@ -282,6 +292,9 @@ def _our_server(f: Fields) -> ServerSpec:
             arrival_rps=f.number("arrival_rps", None),
             input_tokens=f.number("input_tokens", None),
             output_tokens=f.number("output_tokens", None),
+            input_cv=f.number("input_cv", None) if "input_cv" in f else None,
+            output_cv=f.number("output_cv", None) if "output_cv" in f else None,
+            prefix_hit=f.number("prefix_hit"),
         ),
         min_replicas=f.whole("min_replicas"),
         max_replicas=f.whole("max_replicas", low=1) if "max_replicas" in f else None,

@@ -7,15 +7,16 @@ gives away almost no throughput (llm-inferno's OptimalConcurrency). Both work on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flyball.core.slo import Latency
 from flyball.numerics.markov import Floats, Ints
-from flyball.performance.queueing import Metrics, QueueModel, Queues, Replicas, take_rows
+from flyball.performance.queueing import Metrics, QueueModel, Queues, Replicas
 
 SAFETY = 0.1  # share of the largest rate kept free where a queue must be stable but no latency bounds it
 _TOLERANCE = 1e-6  # relative, in the target
@@ -26,7 +27,10 @@ _GIVEN_AWAY = (
 )
 _PROBES = 6
 
+_HALVINGS = 14  # of the range of rates, for a bound that only sampling tells
+
 Bools = NDArray[np.bool_]
+Measure = tuple[Latency, float | None]  # a latency and its percentile; None: the mean
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,18 +40,33 @@ class Goals:
     ttft_s: Floats
     itl_s: Floats
     stable: Bools  # a throughput is promised, so keep SAFETY free
+    loss: Floats  # largest share of requests turned away
+    bounds: tuple[tuple[Measure, Floats], ...] = ()  # further latencies, and their limits [C]
 
     @classmethod
     def of(
-        cls, count: int, *, ttft_s: ArrayLike = np.inf, itl_s: ArrayLike = np.inf, stable: ArrayLike = False
+        cls,
+        count: int,
+        *,
+        ttft_s: ArrayLike = np.inf,
+        itl_s: ArrayLike = np.inf,
+        stable: ArrayLike = False,
+        loss: ArrayLike = np.inf,
+        bounds: Mapping[Measure, ArrayLike] | None = None,
     ) -> Goals:
-        """Numbers or arrays, brought to one length."""
-        ttft, itl = (np.broadcast_to(np.asarray(v, dtype=np.float64), (count,)) for v in (ttft_s, itl_s))
-        return cls(ttft, itl, np.broadcast_to(np.asarray(stable, dtype=np.bool_), (count,)))
+        """Numbers or arrays, brought to one length; bounds by what they limit: ("ttft", 99.0), ("e2e", None)."""
+
+        def full(values: ArrayLike) -> Floats:
+            return np.broadcast_to(np.asarray(values, dtype=np.float64), (count,))
+
+        limits = tuple((measure, full(values)) for measure, values in (bounds or {}).items())
+        promised = np.broadcast_to(np.asarray(stable, dtype=np.bool_), (count,))
+        return cls(full(ttft_s), full(itl_s), promised, full(loss), limits)
 
     def take(self, rows: Ints) -> Goals:
         """Some of the goals."""
-        return take_rows(self, rows)
+        bounds = tuple((measure, limits[rows]) for measure, limits in self.bounds)
+        return Goals(self.ttft_s[rows], self.itl_s[rows], self.stable[rows], self.loss[rows], bounds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +119,50 @@ def size(queues: Queues, goals: Goals) -> Sized:
     stable = np.where(goals.stable, high * (1 - SAFETY), high)
     best = np.minimum(rates.min(axis=1), stable)
     best[~np.isfinite(at_low).all(axis=1)] = np.nan
+    best = _within_loss(queues, goals.loss, best)
+    for measure, limits in goals.bounds:
+        best = _within_bound(queues, measure, limits, best)
     return Sized(rates[:, 0], rates[:, 1], stable, best, queues.analyze(best), at_low[:, 0], at_low[:, 1])
+
+
+def _within_loss(queues: Queues, limits: Floats, best: Floats) -> Floats:
+    """Rates lowered to where no more than a share is turned away."""
+    return _lowered(queues, lambda some, rates: some.analyze(rates).loss, limits, best)
+
+
+def _within_bound(queues: Queues, measure: Measure, limits: Floats, best: Floats) -> Floats:
+    """Rates lowered to where a percentile, or the mean of E2E, is kept; NaN where no load keeps it."""
+    from flyball.performance.percentiles import percentiles  # with SciPy, which planning by means does without
+
+    metric, level = measure
+
+    def seen(some: Queues, rates: Floats) -> Floats:
+        if level is None:
+            means = some.analyze(rates)
+            return {"ttft": means.ttft_s, "e2e": means.response_s}.get(metric, means.itl_s)
+        found = percentiles(some, rates, (level,))
+        return {"ttft": found.ttft_s, "e2e": found.e2e_s}.get(metric, found.itl_s)[:, 0]
+
+    return _lowered(queues, seen, limits, best)
+
+
+def _lowered(queues: Queues, seen: Callable[[Queues, Floats], Floats], limits: Floats, best: Floats) -> Floats:
+    """Rates lowered, by halving, to where what grows with load stays within its limits; NaN where it never does."""
+    best = best.copy()
+    rows = np.flatnonzero(np.isfinite(limits) & np.isfinite(best))
+    if rows.size:
+        rows = rows[seen(queues.take(rows), best[rows]) > limits[rows]]
+    if not rows.size:
+        return best
+    some, most = queues.take(rows), limits[rows]
+    low, high = some.min_rate_rps.copy(), best[rows]
+    never = seen(some, low) > most
+    for _ in range(_HALVINGS):
+        middle = np.sqrt(low * high)
+        over = seen(some, middle) > most
+        low, high = np.where(over, low, middle), np.where(over, middle, high)
+    best[rows] = np.where(never, np.nan, low)
+    return best
 
 
 def _seen(queues: Queues, rates: Floats) -> Floats:
