@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from flyball.core.errors import InvalidInput
+from flyball.core.slo import SloBound
 
 LOWEST_PRIORITY = 100  # of 1..100, 1 being served first
 IDENTIFIED_BELOW = 1000.0  # condition number of the residuals' Jacobian in log parameters
@@ -93,12 +94,14 @@ class LatencyProfile:
     queue_model: str = "v3"
     condition_number: float | None = None  # of the fit; None: not fitted by us
     delta_s: float = 0.0  # fourth parameter of a queue model that has one (v1)
+    kv_tokens: int = 0  # that a replica's KV cache holds; 0: not known, no limit
     log_covariance: tuple[float, ...] = ()  # 3 x 3, of the logs of alpha, beta, gamma; empty: not known
 
     def __post_init__(self) -> None:
         owner = f"profile of {self.model} on {self.accelerator}"
         _check(owner, alpha_s=self.alpha_s, beta_s=self.beta_s, gamma_s=self.gamma_s, delta_s=self.delta_s)
         _check(owner, max_batch=self.max_batch, at_tokens=self.at_tokens, max_step_tokens=self.max_step_tokens)
+        _check(owner, kv_tokens=self.kv_tokens)
         _check(owner, accelerators=self.accelerators, low=1)
         if len(self.log_covariance) not in (0, 9) or not all(math.isfinite(v) for v in self.log_covariance):
             raise InvalidInput(
@@ -124,17 +127,21 @@ class LatencyProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """Mean latencies promised, and tokens per second to be held ready; None promises nothing."""
+    """Latencies promised, and tokens per second to be held ready; None promises nothing."""
 
-    ttft_s: float | None = None  # arrival to first token, waiting included
-    itl_s: float | None = None  # gap between tokens
+    ttft_s: float | None = None  # mean from arrival to first token, waiting included
+    itl_s: float | None = None  # mean gap between tokens
     output_tps: float | None = None  # of the whole server
+    bounds: tuple[SloBound, ...] = ()  # on percentiles, and on E2E
+    max_loss: float | None = None  # share of requests that may be turned away because the queue is full
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "itl_s", "output_tps"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InvalidInput(f"target {name} is {value}; give a number above 0, or leave it out")
+        if self.max_loss is not None and not 0 < self.max_loss < 1:
+            raise InvalidInput(f"target max_loss is {self.max_loss}; give a share between 0 and 1, or leave it out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +160,15 @@ class Demand:
     arrival_rps: float = 0.0
     input_tokens: float = 0.0
     output_tokens: float = 0.0
+    input_cv: float | None = None  # coefficient of variation of lengths; None: equal prompts, exponential service
+    output_cv: float | None = None
+    prefix_hit: float = 0.0  # share of a prompt that is found in the cache
 
     def __post_init__(self) -> None:
         _check("load", arrival_rps=self.arrival_rps, input_tokens=self.input_tokens, output_tokens=self.output_tokens)
+        _check("load", input_cv=self.input_cv or 0.0, output_cv=self.output_cv or 0.0, prefix_hit=self.prefix_hit)
+        if self.prefix_hit > 1:
+            raise InvalidInput(f"load: prefix_hit is {self.prefix_hit}; give a share between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

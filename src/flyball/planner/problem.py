@@ -24,8 +24,9 @@ from flyball.core.fleet import (
     ServerSpec,
     Targets,
 )
+from flyball.performance.memory import memory_batch
 from flyball.performance.queueing import QueueModel, Replicas, queue_model
-from flyball.performance.sizing import Goals, analyze_replicas, optimal_batch, size_replicas
+from flyball.performance.sizing import Goals, Measure, analyze_replicas, optimal_batch, size_replicas
 
 BATCH_CEILING = 256  # of the search for a batch, where the profile states none (vLLM's usual max_num_seqs)
 _ROUNDING = 1e-9  # relative
@@ -231,6 +232,21 @@ class Pair:
         return self.profile.batch_limit(self.server.demand.output_tokens) if self.profile.at_tokens else 0
 
     @property
+    def memory(self) -> int | None:
+        """Most requests that the KV cache holds; None: no limit known."""
+        demand = self.server.demand
+        if not self.profile.kv_tokens or not demand.input_tokens + demand.output_tokens:
+            return None
+        cv = {"input_cv": demand.input_cv or 0.0, "output_cv": demand.output_cv or 0.0}
+        return int(memory_batch(self.profile.kv_tokens, demand.input_tokens, demand.output_tokens, **cv))
+
+    @property
+    def ceiling(self) -> int:
+        """Most requests in a step, as far as is known, memory included."""
+        most = self.batch or self.profile.max_batch or BATCH_CEILING
+        return most if self.memory is None else min(most, self.memory)
+
+    @property
     def rate_rps(self) -> float:
         """What the replicas together must take: the load, or more where more tokens per second are promised."""
         demand = self.server.demand
@@ -301,7 +317,12 @@ def _outcomes(spec: FleetSpec) -> list[list[Pair] | str]:
         if not known:
             kept = f" that it is to keep ({server.current.accelerator!r})" if server.keep_accelerator else ""
             return f"model {server.model!r} has no latency profile on any accelerator{kept}; measure one (flyball fit)"
-        return [Pair(server, accelerators[p.accelerator], p, targets) for p in known]
+        found = [Pair(server, accelerators[p.accelerator], p, targets) for p in known]
+        if not (fitting := [pair for pair in found if pair.memory != 0]):
+            tokens = server.demand.input_tokens + server.demand.output_tokens
+            most = max(p.kv_tokens for p in known)
+            return f"no KV cache holds a request of {tokens:g} tokens, the largest has room for {most}; add memory"
+        return fitting
 
     return [pairs(server) for server in spec.servers]
 
@@ -328,9 +349,12 @@ def _settle(server: ServerSpec, answers: Sequence[_Answer]) -> tuple[tuple[Candi
         )
     nearest = min((a for a in answers if isinstance(a, _TooSlow)), key=lambda a: (a.excess, a.pair.accelerator.name))
     targets = nearest.pair.targets
-    wanted = " and ".join(
-        f"{name} <= {limit * 1e3:g} ms" for name, limit in (("TTFT", targets.ttft_s), ("ITL", targets.itl_s)) if limit
-    )
+    means = (("TTFT", targets.ttft_s), ("ITL", targets.itl_s))
+    wanted = " and ".join([
+        *(f"{name} <= {limit * 1e3:g} ms" for name, limit in means if limit),
+        *map(str, targets.bounds),
+        *([f"a loss of at most {targets.max_loss:g}"] if targets.max_loss else []),
+    ])  # fmt: skip
     return (), (
         f"no accelerator keeps {wanted} for model {server.model!r} at {server.demand.input_tokens:g} tokens in, "
         f"{server.demand.output_tokens:g} out: {nearest}; relax the targets or add a faster accelerator"
@@ -361,18 +385,33 @@ def _replicas(pairs: Sequence[Pair], batches: Sequence[int]) -> Replicas:
         max_queue=[p.server.max_queue for p in pairs],
         max_step_tokens=[p.profile.max_step_tokens for p in pairs],
         delta_s=[p.profile.delta_s for p in pairs],
+        prefix_hit=[d.prefix_hit for d in demands],
+        input_cv=[math.nan if d.input_cv is None else d.input_cv for d in demands],
+        output_cv=[math.nan if d.output_cv is None else d.output_cv for d in demands],
     )
+
+
+def _bounds(targets: Sequence[Targets]) -> dict[Measure, list[float]]:
+    """For every latency and percentile that anybody is promised, the limit of each; infinity where none is."""
+    limits: dict[Measure, list[float]] = {}
+    for index, one in enumerate(targets):
+        for bound in one.bounds:
+            row = limits.setdefault((bound.metric, bound.percentile), [math.inf] * len(targets))
+            row[index] = min(row[index], bound.limit_s)
+    return limits
 
 
 def _size_alike(name: str, pairs: Sequence[Pair], search: bool, terms: Terms) -> list[_Answer]:
     """Size pairs under one queue model, with their own batch limits or with the best ones under their ceilings."""
     model: QueueModel = queue_model(name)
-    replicas = _replicas(pairs, [p.batch or p.profile.max_batch or BATCH_CEILING for p in pairs])
+    replicas = _replicas(pairs, [p.ceiling for p in pairs])
     goals = Goals.of(
         len(pairs),
         ttft_s=[p.targets.ttft_s or math.inf for p in pairs],
         itl_s=[p.targets.itl_s or math.inf for p in pairs],
         stable=[p.targets.output_tps is not None for p in pairs],
+        loss=[p.targets.max_loss or math.inf for p in pairs],
+        bounds=_bounds([p.targets for p in pairs]),
     )
     if search:
         best = optimal_batch(model, replicas, goals)
