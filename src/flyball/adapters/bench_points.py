@@ -57,6 +57,7 @@ def fit_windows(
         generation=first.generation,
         queue_model=law,
         condition_number=found.condition_number,
+        log_covariance=found.log_covariance,
     )
     return WindowFit(profile=profile, fit=found, used=used, excluded=excluded)
 

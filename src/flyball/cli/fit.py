@@ -105,6 +105,7 @@ def _train(
         max_batch=max_batch,
         queue_model=law,
         condition_number=found.condition_number,
+        log_covariance=found.log_covariance,
     )
     typer.echo(
         f"{len(points)} points, loss {found.loss:.4g} (mean squared relative error of TTFT and ITL together)\n"

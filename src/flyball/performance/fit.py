@@ -29,6 +29,8 @@ from flyball.performance.queueing import DEFAULT_STEP_TOKENS, Metrics, QueueMode
 HOPELESS = 1e18  # stands for an infinite condition number, which JSON cannot hold
 _STEP = 1e-3  # of a log parameter, for J
 _SOFT = 0.1  # relative error from which a residual counts less than its square
+_LEAST_NOISE = 0.005
+_OPEN = 2.5  # standard deviation of the log of a parameter of which nothing is known
 _REACH = np.log(1e6)  # how far a parameter may go from its start
 
 
@@ -60,6 +62,7 @@ class Fit:
     beta_s: float
     gamma_s: float
     condition_number: float
+    log_covariance: tuple[float, ...]  # 3 x 3, of the logs of alpha, beta, gamma
     ttft_errors: tuple[float, ...]  # predicted / measured - 1, a point each
     itl_errors: tuple[float, ...]
 
@@ -104,10 +107,10 @@ def fit(
     """The law that fits best, from two starts; at least two points are needed to say anything.
 
     `robust` lets large errors count less than their squares; without it `Fit.loss` itself is minimised. `start_s`
-    (alpha, beta, gamma) is one more start; where it is not above 0 nothing could be learnt from it.
+    (alpha, beta, gamma) is one more start; a 0 in it is filled in, for no step in logarithms leads away from it.
     """
-    if any(not (np.isfinite(value) and value > 0) for value in start_s):
-        raise InvalidInput(f"a fit cannot start from {tuple(start_s)}; give three numbers above 0, or none")
+    if any(not (np.isfinite(value) and value >= 0) for value in start_s):
+        raise InvalidInput(f"a fit cannot start from {tuple(start_s)}; give three numbers of at least 0, or none")
     if len(points) < 2:
         raise InvalidInput(f"a fit needs at least 2 operating points, not {len(points)}; measure more loads")
 
@@ -124,7 +127,7 @@ def fit(
             xtol=1e-12,
             ftol=1e-12,
         )
-        for start in [steady_start(points), _third(points), *([np.log(start_s)] if start_s else [])]
+        for start in [steady_start(points), _third(points), *([_filled(points, start_s)] if start_s else [])]
     ]
     best = min(runs, key=lambda run: float(run.cost)).x
     errors = relative_errors(points, model, np.exp(best))
@@ -134,6 +137,7 @@ def fit(
         beta_s=beta,
         gamma_s=gamma,
         condition_number=condition_number(points, model, np.exp(best)),
+        log_covariance=_log_covariance(points, model, np.exp(best), errors),
         ttft_errors=tuple(errors[0].tolist()),
         itl_errors=tuple(errors[1].tolist()),
     )
@@ -141,13 +145,32 @@ def fit(
 
 def condition_number(points: Sequence[OperatingPoint], model: QueueModel, parameters: Floats) -> float:
     """kappa; HOPELESS with fewer residuals than parameters or a parameter without effect."""
+    singular = np.linalg.svd(_jacobian(points, model, parameters), compute_uv=False)
+    return float(min(singular[0] / singular[2], HOPELESS)) if len(singular) == 3 and singular[2] > 0 else HOPELESS
+
+
+def _jacobian(points: Sequence[OperatingPoint], model: QueueModel, parameters: Floats) -> Floats:
+    """J."""
     x = np.log(parameters)
     columns = []
     for step in _STEP * np.eye(3):
         above, below = (relative_errors(points, model, np.exp(x + s)).ravel() for s in (step, -step))
         columns.append((above - below) / (2 * _STEP))
-    singular = np.linalg.svd(np.stack(columns, axis=1), compute_uv=False)
-    return float(min(singular[0] / singular[2], HOPELESS)) if len(singular) == 3 and singular[2] > 0 else HOPELESS
+    return np.stack(columns, axis=1)
+
+
+def _log_covariance(
+    points: Sequence[OperatingPoint], model: QueueModel, parameters: Floats, errors: Floats
+) -> tuple[float, ...]:
+    """How sure the points make the logs of the parameters; what they do not tell stays open by a factor of 12.
+
+    The noise is the median error's (1.4826 of it is a normal law's deviation), and at least half a percent.
+    """
+    free = max(errors.size - 3, 1)
+    noise = max(1.4826 * float(np.median(np.abs(errors))) * np.sqrt(errors.size / free), _LEAST_NOISE)
+    j = _jacobian(points, model, parameters)
+    covariance = np.linalg.inv(j.T @ j / noise**2 + np.eye(3) / _OPEN**2)
+    return tuple(covariance.ravel().tolist())
 
 
 def steady_start(points: Sequence[OperatingPoint]) -> Floats:
@@ -167,6 +190,12 @@ def steady_start(points: Sequence[OperatingPoint]) -> Floats:
     steady, _ = nnls(np.concatenate((steps, firsts)), np.concatenate((np.ones_like(itl), own)))
     logs: Floats = np.log(np.maximum(steady, np.exp(_third(points)) * 1e-3))
     return logs
+
+
+def _filled(points: Sequence[OperatingPoint], start_s: Sequence[float]) -> Floats:
+    """A start as logs, what is 0 in it taken from `_third`."""
+    given = np.array(start_s, dtype=np.float64)
+    return np.where(given > 0, np.log(np.where(given > 0, given, 1.0)), _third(points))
 
 
 def _third(points: Sequence[OperatingPoint]) -> Floats:

@@ -18,7 +18,7 @@ from flyball.performance.queueing import queue_model
 DATA = Path(__file__).parents[2] / "data" / "inferno" / "model-trainer"
 
 
-@pytest.mark.parametrize("start", [(), (1e-3, 1e-5, 1e-7), (1.0, 1e-9, 1e-12), (1e-6, 1e-2, 1e-4), (5e-2, 5e-4, 5e-7)])
+@pytest.mark.parametrize("start", [(), (1e-3, 1e-5, 1e-7), (1.0, 1e-9, 1e-12), (1e-6, 1e-2, 1e-4), (1.0, 0.0, 0.0)])
 def test_the_sample_is_fitted_from_any_start(start: tuple[float, ...]) -> None:
     """The loss on data.json is at most .0143 whatever the start; model-trainer's default one ends at .106."""
     found = fit(read_sweep(DATA / "data.json", max_batch=256), queue_model("v3-compat"), robust=False, start_s=start)
@@ -26,10 +26,41 @@ def test_the_sample_is_fitted_from_any_start(start: tuple[float, ...]) -> None:
     assert found.alpha_s == pytest.approx(6.674e-3, rel=0.01)
 
 
-def test_a_start_from_zero_is_refused() -> None:
-    """No step in logarithms leads away from 0, so it is told instead of kept."""
+def test_a_start_below_zero_is_refused() -> None:
+    """No latency grows by a negative number of seconds."""
     with pytest.raises(InvalidInput, match="a fit cannot start from"):
-        fit(read_sweep(DATA / "data.json", max_batch=256), queue_model("v3-compat"), start_s=(1.0, 0.0, 0.0))
+        fit(read_sweep(DATA / "data.json", max_batch=256), queue_model("v3-compat"), start_s=(1.0, -1e-5, 0.0))
+
+
+def test_newer_reports_are_read(tmp_path: Path) -> None:
+    """GuideLLM 0.5's CSV has three heading rows, its HTML the same sweep in a script; `throughput` is left out."""
+    heads = (
+        ("Run Info", "Benchmark", "Request Counts", "Time to First Token", "Time to First Token",
+         "Inter Token Latency", "Server Throughput", "Token Metrics", "Token Metrics"),
+        ("Run ID", "Strategy", "Successful", "Successful ms", "Successful ms", "Successful ms",
+         "Successful Requests/Sec", "Successful Input Tokens", "Successful Output Tokens"),
+        ("", "", "", "Mean", "Median", "Mean", "Mean", "Mean", "Mean"),
+    )  # fmt: skip
+    sweep = (("synchronous", 18.3175, 11.1911, 1.39667), ("throughput", 209.472, 63.1996, 121.603),
+             ("constant", 34.776, 11.4766, 16.4033))  # fmt: skip
+    with (tmp_path / "benchmarks.csv").open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerows(heads)
+        writer.writerows(("2120", name, 839, 99.0, ttft, itl, rate, 83.05, 64.02) for name, ttft, itl, rate in sweep)
+    means = (("prompts", 83.05), ("generations", 64.02))
+    lengths = {of: {"tokenDistributions": {"statistics": {"mean": mean}}} for of, mean in means}
+    shown = [{"ttft": {"mean": 99.0, "median": t}, "itl": {"mean": i}, "requestsPerSecond": r} for _, t, i, r in sweep]
+    script = f"window.workloadDetails = {json.dumps(lengths)};\n window.benchmarks = {json.dumps(shown)};"
+    page = tmp_path / "benchmarks.html"
+    page.write_text(f"<!DOCTYPE html><script>{script}</script><body></body>")
+    points = read_sweep(tmp_path / "benchmarks.csv", max_batch=512)
+    assert [p.arrival_rps for p in points] == [1.39667, 16.4033]
+    assert [p.ttft_s for p in points] == pytest.approx([0.0183175, 0.034776])
+    assert is_sweep(page)
+    assert read_sweep(page, max_batch=512) == points
+    page.write_text("<script>window.benchmarks = [{</script>")
+    with pytest.raises(InvalidInput, match=r"benchmarks\.html has no window\.workloadDetails"):
+        read_sweep(page, max_batch=512)
 
 
 def test_merged_sweeps_identify_all_three() -> None:
