@@ -15,6 +15,9 @@ from flyball.core.errors import InvalidInput
 from flyball.tuner.audit import AuditUnwritable, Event
 
 
+_TRIAL_BYTES = 4096  # written and cut off again to see whether the disk has room
+
+
 class AuditFile:
     """Appends events to a file and waits until the disk has them (a `tuner.audit.Audit`).
 
@@ -54,13 +57,13 @@ class AuditFile:
     def healthy(self) -> bool:
         """Whether the disk takes a little more: tried, not guessed."""
         try:
-            os.write(self._fd, b" " * 4096)
+            whole = os.write(self._fd, b" " * _TRIAL_BYTES) == _TRIAL_BYTES
             os.fsync(self._fd)
         except OSError:
             return False
         finally:
             self._cut()
-        return True
+        return whole
 
     def _cut(self) -> None:
         try:

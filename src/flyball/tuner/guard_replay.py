@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,11 +73,16 @@ def replay(recorded: Sequence[Event]) -> list[Event]:
 def first_difference(recorded: Sequence[Event], replayed: Sequence[Event]) -> str | None:
     """Where two records of one run part, in words; None if they are the same."""
     for a, b in zip(recorded, replayed, strict=False):
-        if a.record() != b.record():
+        if _written(a) != _written(b):
             return f"event {a.seq}: recorded {a.record()}, replayed {b.record()}"
     if len(recorded) != len(replayed):
         return f"{len(recorded)} events were recorded, {len(replayed)} replayed"
     return None
+
+
+def _written(event: Event) -> str:
+    """As in a file, where a tuple is a list; the order of knobs says nothing."""
+    return json.dumps(event.record(), sort_keys=True)
 
 
 def _failures(recorded: Sequence[Event], index: int) -> list[str]:
