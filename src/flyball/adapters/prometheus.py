@@ -57,10 +57,11 @@ class PrometheusClient:
         """Let connections go."""
         self._client.close()
 
-    def query(self, promql: str) -> list[Series]:
-        """The series that an instant query gives now; raises ObservationFailed when there is no answer."""
+    def query(self, promql: str, at_s: float | None = None) -> list[Series]:
+        """The series of an instant query, now or at a time; raises ObservationFailed when there is no answer."""
+        data = {"query": promql} if at_s is None else {"query": promql, "time": f"{at_s:.3f}"}
         try:
-            reply = self._client.post("/api/v1/query", data={"query": promql})
+            reply = self._client.post("/api/v1/query", data=data)
             body: Any = reply.json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             why = str(error) or type(error).__name__
@@ -68,10 +69,10 @@ class PrometheusClient:
         if not isinstance(body, dict) or body.get("status") != "success":
             told = body.get("error", reply.status_code) if isinstance(body, dict) else reply.status_code
             raise ObservationFailed(f"Prometheus at {self.url} refused the query {promql!r}: {told}")
-        data = body.get("data", {})
-        if data.get("resultType") == "scalar":
-            return [_series({}, data["result"])]
-        return [_series(one.get("metric", {}), one["value"]) for one in data.get("result", [])]
+        found = body.get("data", {})
+        if found.get("resultType") == "scalar":
+            return [_series({}, found["result"])]
+        return [_series(one.get("metric", {}), one["value"]) for one in found.get("result", [])]
 
 
 def _series(labels: Labels, value: Sequence[Any]) -> Series:
@@ -161,19 +162,21 @@ class PrometheusSource:
         return FleetState(now_s=now_s, window_s=window_s, servers=views)
 
     def _view(self, name: str, one: ServerQuery, window_s: float, now_s: float) -> ServerView:
-        up = self._client.query(selector("up", one.matchers))
+        up = self._client.query(selector("up", one.matchers), now_s)
         scraped = {_identity(s.labels): s for s in up}
         asked = queries(self._dialects[name], one.matchers, window_s)
-        numbers = {key: {_identity(s.labels): s for s in self._client.query(text)} for key, text in asked.items()}
+        numbers = {
+            key: {_identity(s.labels): s for s in self._client.query(text, now_s)} for key, text in asked.items()
+        }
         fresh = self._fresh(name, one, now_s)
         known = self._known(name, one, scraped)
         replicas = tuple(_replica(r, scraped, fresh, numbers) for r in known)
         reporting = [r for r in replicas if r.reported]
         completed = sum(r.completed for r in reporting)
         prompt, generated = (sum(getattr(r, f) for r in reporting) for f in ("prompt_tokens", "generated_tokens"))
-        arrived = self._number(one.arrivals, window_s)
-        queued = self._number(one.queued, window_s)
-        good = self._number(one.good, window_s)
+        arrived = self._number(one.arrivals, window_s, now_s)
+        queued = self._number(one.queued, window_s, now_s)
+        good = self._number(one.good, window_s, now_s)
         return ServerView(
             name=name,
             arrivals=None if arrived is None else round(arrived),
@@ -189,7 +192,7 @@ class PrometheusSource:
     def _fresh(self, name: str, one: ServerQuery, now_s: float) -> set[str]:
         """Replicas scraped lately: `timestamp` tells when, where the instant query may answer with what is old."""
         running = selector(self._dialects[name].running, one.matchers)
-        stamps = self._client.query(f"timestamp({running})")
+        stamps = self._client.query(f"timestamp({running})", now_s)
         return {_identity(s.labels) for s in stamps if now_s - s.value <= self._stale_s}
 
     def _known(self, name: str, one: ServerQuery, scraped: Mapping[str, Series]) -> Sequence[KnownReplica]:
@@ -206,11 +209,11 @@ class PrometheusSource:
             for instance, series in sorted(scraped.items())
         ]
 
-    def _number(self, promql: str, window_s: float) -> float | None:
+    def _number(self, promql: str, window_s: float, now_s: float) -> float | None:
         """One number, or None where no query is given or nothing answers it."""
         if not promql:
             return None
-        found = self._client.query(promql.replace("{window}", f"{max(round(window_s * 1000), 1)}ms"))
+        found = self._client.query(promql.replace("{window}", f"{max(round(window_s * 1000), 1)}ms"), now_s)
         values = [s.value for s in found if math.isfinite(s.value)]
         return sum(values) if values else None
 

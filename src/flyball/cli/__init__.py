@@ -58,6 +58,7 @@ def _register() -> None:
         bench,
         compat,
         config,
+        control,
         demo,
         engines,
         fit,
@@ -73,6 +74,7 @@ def _register() -> None:
     app.command("bench")(bench.run)
     app.add_typer(compat.app, name="compat")
     app.add_typer(config.app, name="config")
+    app.command("control")(control.run)
     app.command("demo")(demo.run)
     app.add_typer(engines.app, name="engines")
     app.command("fit")(fit.run)
