@@ -14,7 +14,6 @@ from typing import Self
 from flyball.core.errors import InvalidInput
 from flyball.tuner.audit import AuditUnwritable, Event
 
-
 _TRIAL_BYTES = 4096  # written and cut off again to see whether the disk has room
 
 

@@ -264,7 +264,7 @@ class Guard:
                 return "ignored"
             of = self.generation if generation is None else generation
             events = [self._event("window", now_s, {
-                "of": of, "gain": _number(seen.gain), "violation": _number(seen.violation),
+                "of": of, "gain": _number(float(seen.gain)), "violation": _number(float(seen.violation)),
             })]  # fmt: skip
             if of != self.generation:
                 self._keep([*events, self._event("ignored", now_s, {"of": of, "in_force": self.generation})])
