@@ -94,6 +94,7 @@ class SpawnedTarget:
         self._constraints = tuple(map(Constraint, catalogue.constraints()))
         self._values: dict[str, Value] = self._space.defaults()
         self._child: ChildProcess | None = None
+        self._starts = 0
         self._client = httpx.Client(base_url=self.url, timeout=10.0, trust_env=False)
 
     def __enter__(self) -> Self:
@@ -113,8 +114,8 @@ class SpawnedTarget:
 
     @property
     def log(self) -> Path:
-        """The output of the engine's last start."""
-        return self._logs / f"{self.catalogue.engine}-{self._port}.log"
+        """The output of the engine's last start; each start has a file of its own."""
+        return self._logs / f"{self.catalogue.engine}-{self._port}-{self._starts}.log"
 
     def identity(self) -> EngineIdentity:
         """The engine's name, and its version where its installation tells it."""
@@ -198,6 +199,7 @@ class SpawnedTarget:
         for name, text in start.files.items():
             (self._folder / name).write_text(text, encoding="utf-8")
         variables = [f"{name}={value}" for name, value in self._program.variables.items()]
+        self._starts += 1
         command = ["env", *variables, *self._program.words, *start.words, *self._program.arguments]
         self._child = ChildProcess(command, log=self.log)
         try:
