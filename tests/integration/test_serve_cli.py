@@ -114,7 +114,7 @@ def test_requests_under_way_end_before_it_does(start: Start, tiny_checkpoint: Pa
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "go"}, timeout=60).status_code == 503
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
-    assert len(rest) == 4 * 500
+    assert sum('"finish_reason":"length"' in line for line in rest) == 4
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, "")
     logged = [json.loads(line) for line in err.splitlines()]
