@@ -37,12 +37,16 @@ def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _check_flyball(words: list[str]) -> None:
-    """Walk from the group to the subcommand named, and look each option up there."""
-    command = GROUP
+    """Walk from the group to the subcommand named, and look each option up there, passing over its value."""
+    command, value = GROUP, False
     for word in words:
-        if word.startswith("-"):
-            known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-            assert word.partition("=")[0] in known | {"--help"}, f"flyball {command.name} has no option {word}"
+        if value:
+            value = False
+        elif word.startswith("-"):
+            name, _, given = word.partition("=")
+            known = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts)}
+            assert name in {*known, "--help"}, f"flyball {command.name} has no option {word}"
+            value = name in known and not given and not getattr(known[name], "is_flag", False)
         elif hasattr(command, "commands"):
             assert word in command.commands, f"flyball has no command {word}"
             command = command.commands[word]
