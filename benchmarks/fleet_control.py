@@ -43,9 +43,7 @@ from flyball.core.fleet import Accelerator, FleetSpec, LatencyProfile, ServerSpe
 from flyball.core.slo import Slo
 from flyball.performance.request_streams import Rates, plain, poisson_process
 from flyball.performance.simulator import Law, Requests
-from flyball.planner.analyzers import analyzer
-from flyball.planner.damping import NO_DAMPING
-from flyball.planner.loop import FleetLoop, LoopSettings
+from flyball.planner.loop import FleetLoop, LoopSettings, controller
 
 DATA = Path(__file__).parent / "data"
 ALPHA_S, BETA_S, GAMMA_S = 9e-3, 3e-5, 6e-8
@@ -144,15 +142,9 @@ def spec() -> FleetSpec:
     )
 
 
-def controller(policy: str, cold_start_s: float) -> FleetLoop:
+def governed(policy: str, cold_start_s: float) -> FleetLoop:
     """Ours with its own settings; a baseline with its authors' period and nothing of ours around it."""
-    if policy == OURS:
-        return FleetLoop(spec(), LoopSettings(start_up_s=cold_start_s))
-    period_s = analyzer(policy).period_s
-    return FleetLoop(
-        spec(),
-        LoopSettings(analyzers=(policy,), period_s=period_s, damping=NO_DAMPING, start_up_s=cold_start_s),
-    )
+    return controller("slo" if policy == OURS else policy, spec(), LoopSettings(start_up_s=cold_start_s))
 
 
 def run(cell: Cell) -> Outcome:
@@ -160,7 +152,7 @@ def run(cell: Cell) -> Outcome:
     began = time.process_time()
     requests, lasts_s = load(cell.trace, cell.seed)
     fixed = cell.policy.startswith(FIXED)
-    loop = None if fixed else controller(cell.policy, cell.cold_start_s)
+    loop = None if fixed else governed(cell.policy, cell.cold_start_s)
     law = Law(alpha_s=ALPHA_S, beta_s=BETA_S, gamma_s=GAMMA_S)
     world = SimulatedWorld(
         servers=(
@@ -186,10 +178,18 @@ def run(cell: Cell) -> Outcome:
 
 
 def version() -> str:
-    """Of all code that an outcome depends on."""
+    """Of the code that outcomes depend on."""
     root = Path(sys.modules["flyball"].__file__ or "").parent
-    files = [*sorted((root / "planner").rglob("*.py")), *sorted((root / "performance").rglob("*")),
-             *sorted((root / "adapters").glob("simulated*.py")), Path(__file__)]  # fmt: skip
+    names = (
+        *(
+            f"planner/{n}.py"
+            for n in ("analyzers/*", "assign", "caps", "cycle", "damping", "demand", "forecast", "loop")
+        ),
+        "planner/options.py",
+        "performance/simulator*",
+        "adapters/simulated.py",
+    )
+    files = [f for name in names for f in sorted(root.glob(name))]
     return hashlib.blake2b(b"".join(f.read_bytes() for f in files if f.is_file()), digest_size=6).hexdigest()
 
 

@@ -122,9 +122,7 @@ def _controller(
 ) -> tuple[FleetLoop | None, int | None]:
     """The loop, or the fixed count in place of one."""
     from flyball.core.errors import InvalidInput
-    from flyball.planner.analyzers import analyzer
-    from flyball.planner.damping import NO_DAMPING
-    from flyball.planner.loop import FleetLoop, LoopSettings
+    from flyball.planner.loop import LoopSettings, controller
 
     if name.startswith("fixed:"):
         number = name.removeprefix("fixed:")
@@ -132,16 +130,8 @@ def _controller(
             raise InvalidInput(f"{number!r} is not a number of replicas; write fixed:2")
         return None, int(number)
     spec = _spec(profile, slo, price)
-    if name == "flyball":
-        return FleetLoop(spec, LoopSettings(start_up_s=cold_start_s or 1.0)), None
-    names = tuple(name.split("+"))
-    settings = LoopSettings(
-        analyzers=names,
-        period_s=min(analyzer(n).period_s for n in names),
-        damping=NO_DAMPING,
-        start_up_s=cold_start_s or 1.0,
-    )
-    return FleetLoop(spec, settings), None
+    settings = LoopSettings(start_up_s=cold_start_s or 1.0)
+    return controller("slo" if name == "flyball" else name, spec, settings), None
 
 
 def _spec(profile: LatencyProfile, slo: Slo, price: float) -> FleetSpec:

@@ -28,6 +28,7 @@ _MOST_PERIODS = 3.0  # that a look can age the loop by
 _LENGTHS_KEPT = 10_000.0  # requests that the mean lengths are over, older ones fading
 _LENGTHS_STATED = 20.0  # requests that lengths stated in the spec count for
 _UNKNOWN_LENGTHS = (math.nan, math.nan, 0.0)  # tokens in, out, and how many requests' mean this is
+_UNKNOWN = Damped(up_at_s=0.0)  # what was before the loop began may have been a move up just then
 _STUCK_AFTER = 4.0  # start-up times that a replica may take before it counts as stuck
 
 
@@ -40,7 +41,7 @@ class LoopSettings:
     forecast: str = "portfolio"
     season_s: float = 0.0  # length of the load's season; 0: found in the load itself
     share: float | None = 0.95  # of requests that shall see what was promised; None: their mean
-    damping: Damping = field(default_factory=Damping)
+    damping: Damping | None = None  # None: as fits the time that a replica takes to start
     start_up_s: float = 120.0  # of a replica, until one was seen to start
     warm_buffer: int = 0  # replicas more than needed, wherever any is needed
     max_replicas: int = 0  # of one server; 0: no limit but the fleet's
@@ -333,9 +334,13 @@ class FleetLoop:
     ) -> tuple[dict[str, int], Mapping[str, Damped], str]:
         """Each accelerator's count by the damping rules; none is given up before those it moves to are ready."""
         rules, counts, said = dict(p.memory.damped), {}, []
+        limits = self.settings.damping or Damping.following(p.memory.start_up_s or self.settings.start_up_s)
+        moving = bool(p.memory.starting) and sum(n > 0 for n in p.current.values()) > 1
         for name in sorted({*wanted, *p.current}):
             want, have = wanted.get(name, 0), p.current.get(name, 0)
-            counts[name], rules[name], why = damp(want, have, now_s, rules.get(name, Damped()), self.settings.damping)
+            counts[name], rules[name], why = damp(want, have, now_s, rules.get(name, _UNKNOWN), limits)
+            if moving and counts[name] < have:
+                counts[name], why = have, "what it moves to is not ready"
             if why:
                 said.append(f"{name} stays at {counts[name]} of {want}: {why}")
         return counts, rules, "; ".join(said)

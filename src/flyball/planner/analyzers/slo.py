@@ -18,8 +18,8 @@ class SloModel:
     """
 
     period_s: float = 15.0
-    deviations: float = 1.0  # of the forecast's error, added to what is expected
-    down_deviations: float = 1.0
+    deviations: float = 0.75  # of the forecast's error, added to what is expected
+    down_deviations: float = 0.5
     hysteresis: float = 0.05
     clear_s: float = 120.0  # in which a backlog shall be worked off
     move_gain: float = 0.15  # another accelerator must be cheaper by this share to be moved to
