@@ -114,10 +114,10 @@ class ModelRunner:
     def forward(self, parts: Sequence[Scheduled]) -> Tensor:
         """Compute a step; returns logits [R, V] of the parts that sample, in their order."""
         if self.fused is not None:
-            logits = self.fused.forward(parts)
+            sampled_logits = self.fused.forward(parts)
             if self._keeps_hidden:
                 self.hidden = self.fused.states()
-            return logits
+            return sampled_logits
         ids: list[int] = []
         positions: list[int] = []
         sampled: list[int] = []
@@ -134,6 +134,14 @@ class ModelRunner:
             paged=self._batch(parts, positions),
         ).logits
         return logits[0]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Resident memory of all weights, in whatever form they are kept; tied ones count once."""
+        if self.fused is not None:
+            return self.fused.weight_bytes
+        kept = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(kept.values())
 
     def keep_hidden(self) -> None:
         """Keep the states of sampled rows of each step from now on."""

@@ -218,6 +218,20 @@ class _EngineCollector(Collector):
             value=stats.prompt_tokens_cached,
         )
         yield CounterMetricFamily("engine_generation_tokens", "Tokens generated.", value=stats.generation_tokens)
+        for name, doc, value in (
+            ("num_drafts", "Guesses of one or more tokens that were verified.", stats.spec_drafts),
+            ("draft_tokens", "Tokens guessed.", stats.spec_draft_tokens),
+            ("accepted_tokens", "Guessed tokens that were kept.", stats.spec_accepted_tokens),
+        ):
+            yield CounterMetricFamily(f"engine_spec_decode_{name}", doc, value=value)
+        yield _labelled(
+            CounterMetricFamily(
+                "engine_spec_decode_accepted_per_pos",
+                "Guessed tokens that were kept, by their place in the guess, from 0.",
+                labels=["position"],
+            ),
+            {str(place): kept for place, kept in enumerate(stats.spec_accepted_at)},
+        )
         yield CounterMetricFamily(
             "engine_num_preemptions", "Requests pushed out of the batch.", value=stats.preemptions
         )

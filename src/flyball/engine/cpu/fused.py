@@ -118,6 +118,11 @@ class FusedModel:
         self._last = (total, torch.from_numpy(sampled).long())
         return logits
 
+    @property
+    def weight_bytes(self) -> int:
+        """Resident memory of the packed weights, norms and tables."""
+        return sum({t.data_ptr(): t.nbytes for t in self._keep}.values())
+
     def states(self) -> Tensor:
         """States [R, hidden] after the last norm, of the rows that the last step sampled; float32.
 
@@ -128,7 +133,8 @@ class FusedModel:
         whole = self._scratch[start : start + tokens * hidden * 4].view(torch.float32)
         stream: Tensor = whole.view(tokens, hidden)[sampled]
         scale = torch.rsqrt(stream.square().mean(-1, keepdim=True) + self._model.eps)
-        return stream * scale * self._norm
+        normed: Tensor = stream * scale * self._norm
+        return normed
 
     def logits_of(self, states: Tensor) -> Tensor:
         """Logits [R, V] of states [R, hidden] by the output layer."""
