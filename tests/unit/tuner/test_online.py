@@ -87,7 +87,7 @@ def test_pure_noise_does_not_churn() -> None:
         visited.append(tuple(trial.values.values()))
         tuner.tell(trial.id, rng.gauss(10.0, 1.0))
     moves = sum(a != b for a, b in pairwise(visited[-100:]))
-    assert moves < 60
+    assert moves < 40
 
 
 def test_a_traffic_pattern_that_returns_is_answered_at_once() -> None:
