@@ -88,5 +88,5 @@ def _round_up(value: float) -> float:
         return 1.0
     step = 10.0 ** math.floor(math.log10(value / _TICKS))
     return next(
-        m * step * _TICKS for m in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * step * _TICKS >= value * (1 - 1e-9)
+        m * step * _TICKS for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if m * step * _TICKS >= value * (1 - 1e-9)
     )
