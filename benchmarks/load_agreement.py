@@ -1,15 +1,18 @@
 """Does Flyball's load generator measure what `vllm bench serve` measures, on the same server under the same trace?
 
-One Flyball server with the bundled model. A trace in Mooncake's form (Azure's lengths, Poisson arrivals, shared
-prefixes) is replayed by both clients at its own times, in turns (A B B A ...), each time with new prompts. Compared are
-the medians over the rounds. Asked for: throughput within 5 %, p50 and p99 of TTFT and ITL within 10 %.
+One server: Flyball with the bundled model, or with `--server paced` one that waits as long as a law says (100 ms and
+half a millisecond a prompt token to the first token, 20 ms to each other one), which a busy machine disturbs little. A
+trace in Mooncake's form (Azure's lengths, Poisson arrivals, shared prefixes) is replayed by both clients at its own
+times, in turns (A B B A ...), each time with new prompts. Compared are the medians over the rounds. Asked for:
+throughput within 5 %, p50 and p99 of TTFT and ITL within 10 %.
 
-    python benchmarks/load_agreement.py [--rounds 4] [--requests 120] [--rate 6]
+    python benchmarks/load_agreement.py [--server paced] [--rounds 4] [--requests 120] [--rate 6]
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import statistics
@@ -20,6 +23,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
@@ -87,9 +91,9 @@ def theirs(url: str, trace: Path, python: Path, requests: int, folder: Path) -> 
     return {ours: told[theirs] for ours, theirs in names.items()}
 
 
-def report(seen: dict[str, list[dict[str, float]]]) -> None:
+def report(seen: dict[str, list[dict[str, float]]], server: str) -> None:
     """The table and the JSON lines; `within` is 1 when every metric is as near as asked for."""
-    table = Table(title="Medians over the rounds (lowest to highest)")
+    table = Table(title=f"Medians over the rounds (lowest to highest), server: {server}")
     for column in ("", "Flyball", "vllm bench serve", "difference", "asked for"):
         table.add_column(column, justify="left" if not column else "right")
     within = True
@@ -105,27 +109,70 @@ def report(seen: dict[str, list[dict[str, float]]]) -> None:
             difference,
             "share",
             runs=len(seen["flyball"]),
+            server=server,
             ours=mid["flyball"],
             theirs=mid["vllm"],
         )
     Console().print(table)
-    figure("load_agreement.within", float(within), "all metrics within what is asked for", runs=len(seen["flyball"]))
+    figure(
+        "load_agreement.within",
+        float(within),
+        "all metrics within what is asked for",
+        server=server,
+        runs=len(seen["flyball"]),
+    )
+
+
+def serve_paced(port: int) -> None:
+    """OpenAI's completions at the pace of the law, in this process."""
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await reply.prepare(request)
+        await asyncio.sleep(0.1 + 0.0005 * len(body["prompt"]))
+        for number in range(body["max_tokens"]):
+            if number:
+                await asyncio.sleep(0.02)
+            await reply.write(b'data: {"choices": [{"index": 0, "text": " a", "finish_reason": null}]}\n\n')
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
+        await reply.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
+        return reply
+
+    async def ready(_: web.Request) -> web.Response:
+        return web.Response()
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": NAME, "object": "model"}]})
+
+    app = web.Application()
+    app.add_routes([web.get("/health/ready", ready), web.get("/v1/models", models),
+                    web.post("/v1/completions", completions)])  # fmt: skip
+    web.run_app(app, host="127.0.0.1", port=port, print=None)
 
 
 def main() -> None:
     """Start the server, let the clients take turns, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", choices=("flyball", "paced"), default="flyball")
+    parser.add_argument("--serve-paced", type=int, metavar="PORT", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--rate", type=float, default=6.0, help="requests a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers-folder", type=Path, default=_peers.CACHE, help="where peers are installed")
     args = parser.parse_args()
+    if args.serve_paced:
+        serve_paced(args.serve_paced)
+        return
     say = Console(stderr=True, soft_wrap=True).print
     python = _peers.prepare(_peers.recipes(1)["vllm"], args.peers_folder, say)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "flyball", "serve", "--name", NAME, "--port", str(port), "--threads", "1"]
+    command = {
+        "flyball": [sys.executable, "-m", "flyball", "serve", "--name", NAME, "--port", str(port), "--threads", "1"],
+        "paced": [sys.executable, __file__, "--serve-paced", str(port)],
+    }[args.server]
 
     def ready() -> bool:
         try:
@@ -148,7 +195,7 @@ def main() -> None:
                 )  # fmt: skip
                 seen[who].append(found)
                 say(f"round {number + 1}, {who}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
-    report(seen)
+    report(seen, args.server)
 
 
 if __name__ == "__main__":
