@@ -111,6 +111,10 @@ class Fields:
         for key, name in self._spelling.items():
             yield name, Fields(self._values[key], self._at(key))
 
+    def names(self) -> Iterator[str]:
+        """Of every field, as written."""
+        yield from self._spelling.values()
+
     def numbers(self) -> Iterator[tuple[str, int]]:
         """Every field as a whole number, by its name as written."""
         for key, name in self._spelling.items():

@@ -63,6 +63,7 @@ def _register() -> None:
         engines,
         fit,
         hold,
+        operator,
         plan,
         quantize,
         serve,
@@ -79,6 +80,7 @@ def _register() -> None:
     app.add_typer(engines.app, name="engines")
     app.command("fit")(fit.run)
     app.add_typer(hold.app, name="hold")
+    app.command("operator")(operator.run)
     app.command("plan")(plan.run)
     app.command("quantize")(quantize.run)
     app.command("serve")(serve.run)

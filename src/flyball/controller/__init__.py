@@ -1,0 +1,1 @@
+"""The Kubernetes operator: custom resources in, scaled targets, status, conditions and events out."""
