@@ -55,7 +55,9 @@ def run(
     ] = "steps",
     seed: Annotated[int, typer.Option(help="Settles arrivals (with --rate) and failures.", min=0)] = 0,
     picture: Annotated[Path | None, typer.Option(help="Write the time-line as an SVG file.")] = None,
-    output: Annotated[Literal["table", "json"], typer.Option("--format")] = "table",
+    output: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="json: one object, latencies in seconds.")
+    ] = "table",
 ) -> None:
     """Run a controller on a load in virtual time, and say what it kept and what it cost."""
     import json
