@@ -37,6 +37,16 @@ def run(
     ] = "v3-engine",
     max_batch: Annotated[int, typer.Option(help="Batch limit of a server that others' sweeps measured.", min=1)] = 256,
     first_points: Annotated[int | None, typer.Option(help="Fit only so many points of each sweep.", min=1)] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Go on from what this file holds, window by window, and keep what is learnt in it."),
+    ] = None,
+    prior: Annotated[
+        Path | None, typer.Option(help="With --state: a profile on another accelerator to start from, see --fleet.")
+    ] = None,
+    fleet: Annotated[
+        Path | None, typer.Option(help="With --prior: the fleet spec that states the hardware of both accelerators.")
+    ] = None,
 ) -> None:
     """Fit alpha, beta, gamma to bench windows, and say how well the data determine them."""
     from flyball.cli import require
@@ -54,6 +64,13 @@ def run(
         _train(windows, out, model or "model", accelerator, queue_model, max_batch, first_points)
         return
     fitted = {str(path): read_bench(path) for path in windows}
+    if state is not None:
+        from flyball.cli.fit_state import observe_windows
+
+        observe_windows(
+            fitted, state, law=queue_model, accelerator=accelerator, model=model, known=prior, fleet=fleet, out=out
+        )
+        return
     held_out = {str(path): read_bench(path) for path in holdout or ()}
     check_alike(fitted | held_out)
     found = fit_windows(fitted, law=queue_model, accelerator=accelerator, model=model)

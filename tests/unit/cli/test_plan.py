@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -209,3 +210,101 @@ def test_a_window_without_its_batch_limit_is_refused(flyball: Shell, tmp_path: P
     code, _, err = flyball("fit", *paths)
     assert code == 2
     assert f"{paths[0]}: the configuration's max_num_seqs is None; bench a server that states its max_num_seqs" in err
+
+
+def test_fit_goes_on_from_where_it_stopped(flyball: Shell, windows: list[Path], tmp_path: Path) -> None:
+    """Windows given in two runs teach the same law as in one; its doubt reaches the plan when asked for."""
+    state, twin, out_file = tmp_path / "state.json", tmp_path / "twin.json", tmp_path / "profile.json"
+    named = ("--model", "chat-8b", "--accelerator", "L4")
+    code, out, _ = flyball("fit", *windows[:2], "--state", state, *named)
+    assert code == 0
+    assert "NOT IDENTIFIED" in out
+    code, out, _ = flyball("fit", *windows[2:], "--state", state, *named, "--out", out_file)
+    assert code == 0
+    assert "NOT IDENTIFIED" not in out
+    flyball("fit", *windows, "--state", twin, *named)
+    assert json.loads(state.read_text()) == json.loads(twin.read_text())
+    profile = json.loads(out_file.read_text())["profiles"][0]
+    assert [profile["alpha_s"], profile["beta_s"]] == pytest.approx([0.012, 1e-4], rel=0.1)
+    costs = [
+        json.loads(flyball("plan", EXAMPLE, "--format", "json", "--profile", out_file, *extra)[1])["totalCost"]
+        for extra in ((), ("--confidence", "0.999"))
+    ]
+    assert costs[0] <= costs[1]
+    code, _, err = flyball("plan", EXAMPLE, "--confidence", "0.9")
+    assert code == 2
+    assert "no profile says how uncertain it is" in err
+
+
+def test_a_new_accelerator_starts_from_a_known_one_s_profile(
+    flyball: Shell, windows: list[Path], tmp_path: Path
+) -> None:
+    """`--prior` carries a profile over by the hardware that `--fleet` states, and says what it lacks."""
+    known, fleet = tmp_path / "known.json", tmp_path / "fleet.yaml"
+    flyball("fit", *windows, "--out", known, "--model", "chat-8b", "--accelerator", "L4")
+    rest = ("--model", "chat-8b", "--accelerator", "A100", "--prior", known)
+    code, _, err = flyball("fit", windows[0], "--state", tmp_path / "s.json", *rest)
+    assert code == 2
+    assert "--prior needs --fleet" in err
+    fleet.write_text(
+        "accelerators: [{name: L4, cost_per_h: 1, memory_gb_s: 300, compute_tflops: 121},"
+        " {name: A100, cost_per_h: 4, memory_gb_s: 2039, compute_tflops: 312}]\nservers: []\n"
+    )
+    code, out, _ = flyball("fit", windows[0], "--state", tmp_path / "s.json", *rest, "--fleet", fleet)
+    assert code == 0
+    assert "chat-8b on A100: alpha" in out
+
+
+def test_variants_trade_off_and_trace_are_shown(flyball: Shell, tmp_path: Path) -> None:
+    """What-if, Pareto and a trace print a table, or JSON, and draw a picture that is well-formed."""
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"{i / 4},900,220\n" for i in range(240))
+    trace.write_text("arrival_s,input_tokens,output_tokens\n" + rows)
+    for options, key in (
+        (("--what-if", "load=2", "--what-if", "capacity:A100=4"), "variants"),
+        (("--pareto", "4"), "pareto"),
+        (("--trace", trace, "--server", "assistant", "--window", "30"), "options"),
+    ):
+        picture = tmp_path / f"{key}.svg"
+        code, table, _ = flyball("plan", EXAMPLE, *options, "--picture", picture)
+        assert (code, bool(table)) == (0, True)
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        code, out, _ = flyball("plan", EXAMPLE, *options, "--format", "json")
+        assert (code, len(json.loads(out)[key]) > 0) == (0, True)
+
+
+def test_request_sizes_are_planned_from_melanges_file(flyball: Shell, tmp_path: Path) -> None:
+    """Melange's own example: its cost with slices, a smaller one where loads are divided."""
+    cases = json.loads((ROOT / "tests" / "data" / "fleet" / "melange.json").read_text())
+    case = next(c for c in cases if c["name"] == "repo_example_sf4")
+    path = tmp_path / "melange.json"
+    path.write_text(json.dumps(case["input"]))
+    costs = [
+        json.loads(flyball("plan", path, "--format", "json", *divide)[1])["cost"] for divide in ((), ("--divide",))
+    ]
+    assert costs == pytest.approx([case["slices_cost"], case["divisible_cost"]])
+    assert "A100-80GB" in flyball("plan", path)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--what-if", "speed=2"), "cannot read the change 'speed=2'"),
+        (("--trace", "azure_conv_slice.csv"), "give --server with one of assistant"),
+        (("--picture", "x.svg"), "--picture needs one of them"),
+        (("--pareto", "3", "--what-if", "load=2"), "give one of --what-if, --pareto and --trace"),
+    ],
+)
+def test_what_does_not_go_together_is_told(flyball: Shell, options: tuple[str, ...], says: str) -> None:
+    """A mistake ends in one sentence and exit code 2."""
+    code, _, complaint = flyball("plan", EXAMPLE, *options)
+    assert code == 2
+    assert says in complaint
+    assert complaint.count("\n") == 1
+
+
+def test_the_schema_is_printed(flyball: Shell) -> None:
+    """`flyball plan --schema` needs no spec; without both it says what to name."""
+    code, out, _ = flyball("plan", "--schema")
+    assert (code, json.loads(out)["title"]) == (0, "Flyball fleet spec")
+    assert "no spec was given" in flyball("plan")[2]
