@@ -42,7 +42,7 @@ def lattices(draw: st.DrawFn) -> Lattice:
     return Lattice.of(space, constraints=[f"{a.name} {relation} {b.name}"])
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "flyball"])
 @given(lattice=lattices(), seed=st.integers(0, 2**31), values=st.lists(st.floats(-5, 5), min_size=9, max_size=9))
 def test_proposals_are_legal_and_distinct(sampler: str, lattice: Lattice, seed: int, values: list[float]) -> None:
     """Whatever was measured, each of ten proposals is new, breaks nothing, and is a value its knob accepts."""

@@ -38,12 +38,25 @@ def run(
     ] = None,
     slo: opt.SloBounds = None,
     maximize: Annotated[
-        str | None, typer.Option(help="goodput (the default), throughput, output_tps or attainment.")
+        list[str] | None,
+        typer.Option(help="goodput (the default), throughput, output_tps or attainment; several: a Pareto front."),
     ] = None,
-    minimize: Annotated[str | None, typer.Option(help="A latency statistic instead, such as p95_ttft.")] = None,
+    minimize: Annotated[
+        list[str] | None, typer.Option(help="A latency statistic instead, or besides, such as p95_ttft.")
+    ] = None,
     trials: Annotated[
         int, typer.Option("--trials", "--budget", help="Configurations to measure, the default's included.", min=1)
     ] = 14,
+    parallel: Annotated[
+        int, typer.Option(help="Trials at once, each on an engine of its own that is started for it.", min=1)
+    ] = 1,
+    windows: Annotated[
+        int,
+        typer.Option(help="Most windows of a trial; it ends early once it is known well enough or has lost.", min=1),
+    ] = 1,
+    tolerance: Annotated[
+        float, typer.Option(help="With --windows, the half width of the 95 % interval that is well enough, as a share.")
+    ] = 0.05,
     repeats: Annotated[
         int, typer.Option(help="Pairs of windows, default against best, at the end; 0 compares nothing.", min=0)
     ] = 4,
@@ -56,12 +69,19 @@ def run(
     constraint: Annotated[
         list[str] | None, typer.Option(help="A relation every configuration must satisfy, such as 'a <= 2 * b'.")
     ] = None,
-    study: Annotated[str, typer.Option(help="SQLite file that keeps the study.")] = "flyball-study.db",
+    study: Annotated[
+        str, typer.Option(help="SQLite file that keeps the study, or a database URL.")
+    ] = "flyball-study.db",
     name: Annotated[
         str | None, typer.Option(help="Name of the study; default: a new one, or with --resume the latest.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was interrupted.")] = False,
-    sampler: Annotated[str, typer.Option(help="tpe, random, or gp (seconds of CPU a suggestion).")] = "tpe",
+    sampler: Annotated[
+        str, typer.Option(help="flyball, tpe, random, gp, or the class of one of Optuna's, such as QMCSampler.")
+    ] = "flyball",
+    feasibility: Annotated[
+        str, typer.Option(help="How our sampler learns what fails: gp, forest (SCOOT's rule) or none.")
+    ] = "gp",
     seed: Annotated[int, typer.Option(help="Seed of proposals and Poisson arrivals.", min=0)] = 0,
     settle: Annotated[
         float, typer.Option(help="Seconds of traffic before each window that are not counted.", min=0.0)
@@ -106,7 +126,7 @@ def run(
     """
     from flyball.cli import require
 
-    require("tune", "optuna", "sqlalchemy", "scipy", "aiohttp", "httpx")
+    require("tune", "optuna", "sqlalchemy", "scipy", "sklearn", "aiohttp", "httpx")
     if sampler == "gp":
         require("engine", "torch")
     import secrets
@@ -118,18 +138,19 @@ def run(
     from flyball.adapters.loadgen import HttpLoad
     from flyball.cli import tune_session
     from flyball.cli.bench import fit_lengths, make_workload
-    from flyball.cli.tune_target import opened_target, target_options
+    from flyball.cli.tune_target import first_start, opened_target, target_options
     from flyball.core.slo import Slo, SloBound
     from flyball.tuner.measure import Rig
+    from flyball.tuner.patience import Patience
     from flyball.tuner.proposers import Strategy
     from flyball.tuner.space import parse_knobs
     from flyball.tuner.study import Problem
 
-    _check_options(engine, url, apply=apply, repeats=repeats)
-    objective = _objective(maximize, minimize)
+    _check_options(engine, url, apply=apply, repeats=repeats, parallel=parallel)
+    objective, *also = _objectives(maximize or (), minimize or ())
     bounds = tuple(SloBound.parse(text) for text in slo or ())
     narrow = parse_knobs(knob or ())
-    strategy = Strategy(sampler=sampler, seed=seed)
+    strategy = Strategy(sampler=sampler, seed=seed, feasibility=feasibility)
     check_writable(report)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(stderr=True, highlight=False)
@@ -137,13 +158,12 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(ended_by_signals())
         stack.enter_context(_sole_writer(study))
-        target, facts = stack.enter_context(opened_target(
-            target_options(
-                engine, model=model, url=url, api_key=api_key, path=engine_path, arguments=engine_arg,
-                variables=engine_env, logs=engine_logs, platform=platform, ready_timeout_s=ready_timeout,
-            ),
-            console,
-        ))  # fmt: skip
+        options = target_options(
+            engine, model=model, url=url, api_key=api_key, path=engine_path, arguments=engine_arg,
+            variables=engine_env, logs=engine_logs, platform=platform, ready_timeout_s=ready_timeout,
+        )  # fmt: skip
+        opened = [stack.enter_context(opened_target(options, console)) for _ in range(parallel)]
+        (target, facts), *_ = opened
         lengths = fit_lengths(facts, scale=scale_lengths, max_input=max_input, max_output=max_output)
 
         def workload(variant: int) -> Workload:
@@ -153,54 +173,77 @@ def run(
                 fixed=(input_tokens, output_tokens), lengths=lengths, seed=seed + variant,
             )  # fmt: skip
 
-        load = _DoubtedLoad(HttpLoad(
-            url=facts.url, model=facts.model, vocab_size=vocab_size or facts.vocab_size,
-            prompt_seed=secrets.randbits(32) if prompt_seed is None else prompt_seed, timeout_s=timeout,
-            extensions=extensions, protocol=facts.protocol, api_key=api_key,
-        ))  # fmt: skip
+        prompts = secrets.randbits(32) if prompt_seed is None else prompt_seed
+        loads = [
+            _DoubtedLoad(HttpLoad(
+                url=its.url, model=its.model, vocab_size=vocab_size or its.vocab_size, prompt_seed=prompts,
+                timeout_s=timeout, extensions=extensions, protocol=its.protocol, api_key=api_key,
+            ), each)
+            for each, its in opened
+        ]  # fmt: skip
         first = workload(0)
-        rig = Rig(
-            target=target, load=load, slo=Slo.from_bounds(bounds), workload=first,
-            settle=_first_seconds(first, settle),
+        rig, *others = (
+            Rig(
+                target=each, load=load, slo=Slo.from_bounds(bounds), workload=first,
+                settle=_first_seconds(first, settle),
+            )
+            for (each, _), load in zip(opened, loads, strict=True)
         )  # fmt: skip
         problem = Problem(
             lattice=_lattice(target, narrow, constraint or (), named_only=named_only), objective=objective,
-            bounds=bounds, workload=first.source, service=facts.model,
+            bounds=bounds, workload=first.source, service=facts.model, also=tuple(also),
         )  # fmt: skip
+        if engine != "flyball" and not resume:
+            first_start(target, console)
         found = tune_session.tune(
             problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
             storage=study, name=name, resume=resume, apply=apply, console=console, restore=engine == "flyball",
+            others=others, patience=Patience(windows=windows, tolerance=tolerance), alone="://" not in study,
         )  # fmt: skip
+        if found.verdict.recommended is not None and engine != "flyball":
+            found = replace(found, launch=target.command(found.verdict.recommended))
         tune_session.show(found)
         tune_session.write(found, report, target.url)
-        if load.doubts:
+        if doubts := [doubt for load in loads for doubt in load.doubts]:
             console.print(
-                f"[bold red]in {len(load.doubts)} of {load.runs} windows the client was the bottleneck[/]; the last: "
-                f"{load.doubts[-1]}"
+                f"[bold red]{len(doubts)} of {sum(load.runs for load in loads)} windows tell of the client, not of the "
+                f"engine[/]; the last: {doubts[-1]}"
             )
-        console.print(f"report: {report} and {report.with_suffix('.json')}; study: {found.study} in {study}")
+        console.print(f"report: {report}, .json and .csv beside it; study: {found.study} in {study}")
 
 
 @dataclass
 class _DoubtedLoad:
-    """A load that notes each window which tells more about the client than about the server."""
+    """A load that notes each window which tells more about the client than about the engine, or contradicts it."""
 
     load: Load
+    target: EngineTarget  # asked for its own readings before and after each window
     runs: int = 0
     doubts: list[str] = field(default_factory=list)
 
     def run(self, workload: Workload, slo: Slo, generation: str, progress: LoadProgress | None = None) -> MetricsWindow:
-        """Replay, and look at the client."""
+        """Replay, and look at both sides."""
+        from flyball.adapters.engines.readings import disagreement
         from flyball.adapters.loadgen import client_bound
 
+        before = self._readings()
         window = self.load.run(workload, slo, generation, progress)
         self.runs += 1
-        if doubt := client_bound(window):
+        if doubt := client_bound(window) or disagreement(window, before, self._readings()):
             self.doubts.append(doubt)
         return window
 
+    def _readings(self) -> Mapping[str, float]:
+        """None from an engine that tells no metrics, or that has died: the window's failures then say so."""
+        from flyball.core.errors import EngineFailed
 
-def _check_options(engine: str, url: str | None, *, apply: bool, repeats: int) -> None:
+        try:
+            return self.target.metrics()
+        except EngineFailed:
+            return {}
+
+
+def _check_options(engine: str, url: str | None, *, apply: bool, repeats: int, parallel: int) -> None:
     from flyball.core.errors import InvalidInput
 
     if engine == "openai":
@@ -209,19 +252,24 @@ def _check_options(engine: str, url: str | None, *, apply: bool, repeats: int) -
         )
     if apply and url is None:
         raise InvalidInput("--apply needs --url: the server that tune starts itself ends with the study")
+    if parallel > 1 and url is not None:
+        raise InvalidInput(
+            f"--parallel {parallel} needs as many engines and --url names one; leave --url out: tune then starts them"
+        )
     if repeats == 1:
         raise InvalidInput("one pair of windows gives no interval; give --repeats 2 or more, or 0 to compare nothing")
 
 
-def _objective(maximize: str | None, minimize: str | None) -> Objective:
+def _objectives(maximize: Sequence[str], minimize: Sequence[str]) -> list[Objective]:
+    """All that is wanted, the first decides."""
     from flyball.core.errors import InvalidInput
     from flyball.tuner.objective import Objective
 
-    if maximize is not None and minimize is not None:
-        raise InvalidInput(f"give --maximize {maximize} or --minimize {minimize}, not both; the other can be an --slo")
-    if minimize is not None:
-        return Objective.parse(minimize, maximise=False)
-    return Objective.parse(maximize or "goodput")
+    if repeated := [metric for metric in maximize if metric in minimize]:
+        raise InvalidInput(f"give --maximize {repeated[0]} or --minimize {repeated[0]}, not both")
+    wanted = [Objective.parse(metric) for metric in maximize]
+    wanted += [Objective.parse(metric, maximise=False) for metric in minimize]
+    return wanted or [Objective.parse("goodput")]
 
 
 def _lattice(

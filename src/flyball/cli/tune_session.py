@@ -22,8 +22,10 @@ from flyball.core.workload import Workload
 from flyball.tuner import study as studies
 from flyball.tuner.compare import Comparison, compare, describe_gain, verdict
 from flyball.tuner.measure import Rig
+from flyball.tuner.patience import Patience
 from flyball.tuner.proposers import Strategy
 from flyball.tuner.report import Report, as_json, html
+from flyball.tuner.report_trials import as_csv
 from flyball.tuner.study import Problem
 from flyball.tuner.trials import Trial, best
 
@@ -41,12 +43,15 @@ def tune(
     resume: bool = False,
     apply: bool = False,
     restore: bool = True,
+    others: Sequence[Rig] = (),
+    patience: Patience | None = None,
+    alone: bool = True,
 ) -> Report:
     """Search, compare and judge; progress goes to the console.
 
     Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison. In
     the end, however it comes, the configuration found at the start is put back, or the recommended one with `apply`;
-    not with `restore` false, for an engine that ends with the study.
+    not with `restore` false, for an engine that ends with the study. `others` measure trials at the same time.
     """
     url = studies.storage_url(storage)
     now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
@@ -56,9 +61,9 @@ def tune(
         f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}", soft_wrap=True
     )
     console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}", soft_wrap=True)
-    with studies.opened(url, name, problem, resume=resume) as study, ExitStack() as stack:
+    with studies.opened(url, name, problem, resume=resume, alone=alone) as study, ExitStack() as stack:
         keep = stack.enter_context(_restored(study, problem, rig, console)) if restore else None
-        stopped = _search(study, problem, rig, strategy, trials, console)
+        stopped = _search(study, problem, [rig, *others], strategy, patience, trials, console)
         found = studies.history(study)
         comparison = _compare(problem, rig, found, pairs, console) if pairs else None
         judged = verdict(found, problem, comparison)
@@ -133,7 +138,13 @@ def _bars(console: Console) -> Progress:
 
 
 def _search(
-    study: Study, problem: Problem, rig: Rig, strategy: Strategy, trials: int, console: Console
+    study: Study,
+    problem: Problem,
+    rigs: Sequence[Rig],
+    strategy: Strategy,
+    patience: Patience | None,
+    trials: int,
+    console: Console,
 ) -> studies.StopReason:
     before = len(studies.history(study))
     if before:
@@ -141,9 +152,12 @@ def _search(
     found: list[Trial] = studies.history(study)
     with _bars(console) as bars:
         whole = bars.add_task("trials", total=trials, completed=before, note=_best_note(found, problem))
-        window = bars.add_task("requests", total=len(rig.workload.requests), note="")
-        if rig.settle is not None:
-            rig.load.run(rig.settle, rig.slo, "")  # a cold server would be held against the default, which comes first
+        window = bars.add_task("requests", total=len(rigs[0].workload.requests), note="")
+        for cold in rigs:
+            if cold.settle is not None:
+                cold.load.run(
+                    cold.settle, cold.slo, ""
+                )  # a cold server would be held against the default, which comes first
 
         def watch(progress: studies.Progress) -> None:
             bars.update(window, completed=0, description=f"requests of trial {progress.number}")
@@ -153,7 +167,7 @@ def _search(
                 bars.update(whole, advance=1, note=_best_note(found, problem))
 
         return studies.run(
-            study, problem, rig, strategy, trials=trials, watch=watch,
+            study, problem, rigs, strategy, trials=trials, patience=patience, watch=watch,
             requests=lambda done, total: bars.update(window, completed=done, total=total),
         )  # fmt: skip
 
@@ -232,7 +246,8 @@ def _margin(margin: float) -> str:
 
 
 def write(report: Report, path: Path, url: str) -> None:
-    """Write the HTML page, and the JSON file beside it."""
+    """Write the HTML page, and JSON and CSV files beside it."""
     path.write_text(html(report, url), encoding="utf-8")
     body = json.dumps(as_json(report, url), indent=1, allow_nan=False)
     path.with_suffix(".json").write_text(body + "\n", encoding="utf-8")
+    path.with_suffix(".csv").write_text(as_csv(report.trials, report.problem), encoding="utf-8")

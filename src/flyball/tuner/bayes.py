@@ -11,19 +11,19 @@
    against the best mean among those that kept every promise, so that one lucky window does not end the search; while
    nothing has kept them, the probabilities alone.
 3. The most valuable free legal configuration is taken: of all, or in a large space of some thousand drawn ones and
-   their neighbours, climbing. Trials that still run are believed to give what is expected of them, so that q suggestions at
-   once go to q places.
+   their neighbours, climbing. Trials that still run are believed to give what is expected of them, so that q
+   suggestions at once go to q places.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
-from scipy.stats import yeojohnson, yeojohnson_normmax
 
 from flyball.core.errors import InvalidInput
 from flyball.core.knobs import Configuration
@@ -36,10 +36,12 @@ from flyball.tuner.space import Point
 Array = NDArray[np.float64]
 Prediction = Callable[[Configuration], float]  # of the first objective, in its unit
 
+TRIFLE = 0.03  # of the spread of values: a gain that no trial is risked for
 CLIMBERS = 8  # points from which the acquisition is climbed in a large space
 ROUNDS = 6  # steps of each climb
 SAMPLE = 256  # configurations from which the scale of a prior is known
 SKEWED = 6  # measured values from which their skew is judged
+POWERS = tuple(k / 4 for k in range(-4, 13))  # of the bend; 1 leaves the values as they are
 UNLIKELY = np.log(1e-3)  # a promise kept with less chance is as good as broken
 
 
@@ -153,7 +155,8 @@ class _Worth:
         F = self._features([self._pool.lattice.values(tuple(p)) for p in points.tolist()]) if self._prior else None
         seen = [m.predict(X, F if k == 0 else None) for k, m in enumerate(self._objectives)]
         if len(seen) == 1:
-            return worth + log_expected_improvement(*seen[0], float(self._front.max()))
+            gain = log_expected_improvement(*seen[0], float(self._front.max()))
+            return worth + np.logaddexp(gain, math.log(TRIFLE * self._objectives[0].scale))
         mean, sd = (np.stack([s[i] for s in seen], axis=1) for i in (0, 1))
         rng = np.random.default_rng(self._volume_seed)
         return worth + log_volume_improvement(mean, sd, self._front, self._reference, rng)
@@ -169,9 +172,20 @@ def even_tailed(y: Array) -> Array:
     if len(y) < SKEWED or not spread > 0:
         return y
     z = (y - y.mean()) / spread
-    power = float(np.clip(yeojohnson_normmax(z), -1.0, 3.0))
-    bent: Array = yeojohnson(z, power)
-    return bent if np.isfinite(bent).all() else y
+    stretch = float((np.sign(z) * np.log1p(np.abs(z))).sum())
+    bent = [_yeo_johnson(z, power) for power in POWERS]
+    likelihood = [
+        (power - 1) * stretch - len(z) / 2 * math.log(float(b.var())) for power, b in zip(POWERS, bent, strict=True)
+    ]
+    return bent[int(np.argmax(likelihood))]
+
+
+def _yeo_johnson(z: Array, power: float) -> Array:
+    up, down = np.log1p(np.maximum(z, 0)), np.log1p(np.maximum(-z, 0))
+    high = np.expm1(power * up) / power if power else up
+    low = np.expm1((2 - power) * down) / (2 - power) if power != 2 else down
+    bent: Array = np.where(z >= 0, high, -low)
+    return bent
 
 
 def _climbed(pool: Pool, points: Points, worth: _Worth, taken: set[Point | None]) -> Points:

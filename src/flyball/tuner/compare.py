@@ -17,46 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.special import stdtrit
-
 from flyball.core.errors import InvalidInput
 from flyball.core.knobs import Configuration
 from flyball.core.ports import LoadProgress
 from flyball.core.workload import Workload
+from flyball.tuner.intervals import CONFIDENCE, Interval, t_interval
 from flyball.tuner.measure import Rig
 from flyball.tuner.objective import Objective, Score, score
 from flyball.tuner.study import Problem, summary
 from flyball.tuner.trials import Trial, best, closest, finalists
-
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean and the interval that holds the true one with the stated confidence."""
-
-    mean: float
-    low: float
-    high: float
-
-    def scaled(self, factor: float) -> Interval:
-        """In another unit."""
-        return Interval(mean=self.mean * factor, low=self.low * factor, high=self.high * factor)
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Student's t interval of a mean; without limits for one value, or where one is infinite.
-
-    >>> t_interval([1.0, 2.0, 3.0])
-    Interval(mean=2.0, low=-0.484..., high=4.484...)
-    """
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2 or not math.isfinite(mean):
-        return Interval(mean=mean, low=-math.inf, high=math.inf)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1))
-    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * deviation / math.sqrt(count)
-    return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,6 +85,7 @@ class Score:
     value: float  # in the objective's unit
     margins: Mapping[str, float]  # promise -> relative margin, at most MARGIN_CAP
     failure: str | None = None  # why nothing was measured
+    also: tuple[float, ...] = ()  # values of the further objectives, in their units
 
     @property
     def feasible(self) -> bool:
@@ -102,17 +103,23 @@ class Score:
         return sum(max(0.0, margin) for margin in self.margins.values()) + (MARGIN_CAP if self.failure else 0.0)
 
 
-def score(window: MetricsWindow, objective: Objective, bounds: Sequence[SloBound]) -> Score:
+def score(
+    window: MetricsWindow, objective: Objective, bounds: Sequence[SloBound], also: Sequence[Objective] = ()
+) -> Score:
     """Judge a window; one in which no request completed counts as failed."""
     value = objective.value(window)
+    others = tuple(other.value(window) for other in also)
     if not window.completed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in window.errors.items()) or "no request was sent"
-        return failed(f"no request completed ({kinds})", objective, bounds)
-    if not math.isfinite(value):
-        return failed(f"{objective.metric} could not be measured; too many requests failed", objective, bounds)
-    return Score(value=value, margins={str(b): min(window.margin(b), MARGIN_CAP) for b in bounds})
+        return failed(f"no request completed ({kinds})", objective, bounds, also)
+    for wanted, seen in zip((objective, *also), (value, *others), strict=True):
+        if not math.isfinite(seen):
+            return failed(f"{wanted.metric} could not be measured; too many requests failed", objective, bounds, also)
+    margins = {str(b): min(window.margin(b), MARGIN_CAP) for b in bounds}
+    return Score(value=value, margins=margins, also=others)
 
 
-def failed(why: str, objective: Objective, bounds: Sequence[SloBound]) -> Score:
+def failed(why: str, objective: Objective, bounds: Sequence[SloBound], also: Sequence[Objective] = ()) -> Score:
     """The score of a trial that measured nothing."""
-    return Score(value=objective.worst, margins={str(b): MARGIN_CAP for b in bounds}, failure=why)
+    margins = {str(b): MARGIN_CAP for b in bounds}
+    return Score(value=objective.worst, margins=margins, failure=why, also=tuple(other.worst for other in also))

@@ -6,6 +6,8 @@ on as if it never stopped. None repeats a trial, and none breaks a known constra
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,16 +15,22 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from flyball.core.errors import InvalidInput
 from flyball.core.knobs import Configuration
+from flyball.tuner.bayes import Prediction, Tried
+from flyball.tuner.feasibility import MODELS
 from flyball.tuner.objective import Objective, Score
+from flyball.tuner.pool import Pool
+from flyball.tuner.proposer import Rules, next_point, spread
 from flyball.tuner.space import Lattice, Point
 
 ENUMERABLE = 4096  # lattices up to this size are searched whole for a free point
-DESIGNS = 64  # start designs of which the most even is taken
+NOTHING_LEFT = "no legal configuration is left to try; widen the knobs or relax the constraints"
 DRAWS = 16  # suggestions of a sampler that may be unusable before the nearest free point is taken
 
 
@@ -34,20 +42,49 @@ def _gp(seed: int) -> BaseSampler:
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=0)
 
 
-SAMPLERS: Mapping[str, Callable[[int], BaseSampler] | None] = {"tpe": _tpe, "gp": _gp, "random": None}
+def _by_class(name: str) -> Callable[[int], BaseSampler] | None:
+    """Any of Optuna's own, by the name of its class."""
+    kind = getattr(optuna.samplers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, BaseSampler)):
+        return None
+    construct: Any = kind
+    parameters = inspect.signature(kind).parameters
+    if any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        return None  # it wants arguments that nobody here knows: a grid, another sampler
+
+    def make(seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # who names the class has read its page
+            made: BaseSampler = construct(seed=seed) if "seed" in parameters else construct()
+        return made
+
+    return make
+
+
+OURS = "flyball"
+SAMPLERS: Mapping[str, Callable[[int], BaseSampler] | None] = {OURS: None, "tpe": _tpe, "gp": _gp, "random": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
     """How a study looks for better configurations."""
 
-    sampler: str = "tpe"  # tpe, gp (needs torch; seconds of CPU a suggestion), random
+    sampler: str = OURS  # ours, tpe, gp (needs torch), random, or the class of one of Optuna's samplers
     starts: int = 4  # evenly spread points between the default and the sampler's first
     seed: int = 0
+    feasibility: str = "gp"  # ours only: how failures are learnt (`tuner.feasibility`)
+    prior: Prediction | None = None  # ours only: what is expected of the objective before anything is measured
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise InvalidInput(f"unknown sampler {self.sampler!r}; use one of {', '.join(SAMPLERS)}")
+        if self.sampler not in SAMPLERS and _by_class(self.sampler) is None:
+            raise InvalidInput(
+                f"unknown sampler {self.sampler!r}; use {', '.join(SAMPLERS)}, or the class of one of Optuna's, such "
+                "as QMCSampler"
+            )
+        if self.feasibility not in MODELS:
+            raise InvalidInput(
+                f"unknown model of hidden constraints {self.feasibility!r}; use one of {', '.join(MODELS)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +104,24 @@ def exhausted(lattice: Lattice, seen: Sequence[Observation]) -> bool:
 
 
 def propose(
-    lattice: Lattice, objective: Objective, seen: Sequence[Observation], strategy: Strategy
+    lattice: Lattice,
+    objective: Objective,
+    seen: Sequence[Observation],
+    strategy: Strategy,
+    also: Sequence[Objective] = (),
 ) -> Mapping[str, Any]:
     """The next configuration to try; look at `exhausted` first."""
     if not seen:
         return lattice.default
+    if strategy.sampler == OURS:
+        return _ours(lattice, (objective, *also), seen, strategy)
     learnt = [o for o in seen if o.score is not None and lattice.point(o.values) is not None]
     taken = {lattice.point(o.values) for o in seen}
 
     def free(point: Point) -> bool:
         return point not in taken and lattice.legal(point)
 
-    sampler = SAMPLERS[strategy.sampler]
+    sampler = SAMPLERS.get(strategy.sampler) or _by_class(strategy.sampler)
     rng = np.random.default_rng([strategy.seed, len(seen)])
     draws: Iterable[Point]
     if len(seen) <= strategy.starts:
@@ -86,7 +129,7 @@ def propose(
     elif sampler is None or not learnt:
         draws = [lattice.at(u) for u in rng.random((DRAWS, len(lattice.axes)))]
     else:
-        draws = _draws(lattice, objective, seen, sampler(int(rng.integers(2**31))))
+        draws = _draws(lattice, (objective, *also), seen, sampler(int(rng.integers(2**31))))
     wish = None
     for point in draws:
         if free(point):
@@ -96,19 +139,29 @@ def propose(
     return lattice.values(_nearest_free(lattice, wish, free, rng))
 
 
-def spread(lattice: Lattice, count: int, rng: np.random.Generator) -> list[Point]:
-    """Points spread evenly: one in each of `count` equal parts of every axis, and far from each other.
+def _ours(
+    lattice: Lattice, objectives: Sequence[Objective], seen: Sequence[Observation], strategy: Strategy
+) -> Mapping[str, Any]:
+    rules = Rules(
+        seed=strategy.seed, starts=strategy.starts, feasibility=strategy.feasibility, prior=strategy.prior,
+        maximise=objectives[0].maximise,
+    )  # fmt: skip
+    point = next_point(Pool(lattice), [_tried(o, objectives) for o in seen], rules)
+    if point is None:
+        raise InvalidInput(NOTHING_LEFT)
+    return lattice.values(point)
 
-    A Latin hypercube, of many the one whose nearest two points are farthest apart (Johnson, Moore and Ylvisaker, 1990).
-    """
-    strata = np.tile(np.arange(count), (DESIGNS, len(lattice.axes), 1))
-    designs = (rng.permuted(strata, axis=2).transpose(0, 2, 1) + 0.5) / count  # [design, point, axis]
-    gaps = np.linalg.norm(designs[:, :, None] - designs[:, None], axis=-1) + 2 * np.eye(count) * len(lattice.axes)
-    return [lattice.at(u) for u in designs[gaps.min(axis=(1, 2)).argmax()]]
+
+def _tried(observation: Observation, objectives: Sequence[Objective]) -> Tried:
+    score = observation.score
+    if score is None or score.failure is not None:
+        return Tried(values=observation.values, failed=score is not None)
+    gains = tuple(o.gain(v, 0.0) for o, v in zip(objectives, (score.value, *score.also), strict=True))
+    return Tried(values=observation.values, gains=gains, margins=tuple(score.margins.values()))
 
 
 def _draws(
-    lattice: Lattice, objective: Objective, seen: Sequence[Observation], sampler: BaseSampler
+    lattice: Lattice, objectives: Sequence[Objective], seen: Sequence[Observation], sampler: BaseSampler
 ) -> Iterator[Point]:
     """What a sampler suggests, on level numbers: that is the scale on which neighbours differ about equally."""
     space: dict[str, BaseDistribution] = {
@@ -117,7 +170,7 @@ def _draws(
         else CategoricalDistribution(tuple(range(len(axis.levels))))
         for axis in lattice.axes
     }
-    study = optuna.create_study(direction="maximize" if objective.maximise else "minimize", sampler=sampler)
+    study = optuna.create_study(directions=directions(objectives), sampler=sampler)
     for observation in seen:
         if (point := lattice.point(observation.values)) is not None:
             study.add_trial(_as_optuna(point, observation.score, space))
@@ -130,7 +183,13 @@ def _as_optuna(point: Point, score: Score | None, space: dict[str, BaseDistribut
     params = dict(zip(space, point, strict=True))
     if score is None:
         return create_trial(state=TrialState.RUNNING, params=params, distributions=space)
-    return create_trial(params=params, distributions=space, value=score.value, constraints=constraints_of(score))
+    values = [score.value, *score.also]
+    return create_trial(params=params, distributions=space, values=values, constraints=constraints_of(score))
+
+
+def directions(objectives: Sequence[Objective]) -> list[StudyDirection]:
+    """In Optuna's words."""
+    return [StudyDirection.MAXIMIZE if objective.maximise else StudyDirection.MINIMIZE for objective in objectives]
 
 
 def constraints_of(score: Score) -> dict[str, float]:
@@ -149,6 +208,6 @@ def _nearest_free(lattice: Lattice, wish: Point, free: Callable[[Point], bool], 
         others = {lattice.at(u) for u in rng.random((ENUMERABLE, len(lattice.axes)))}
         candidates = [p for p in sorted(ring | others) if free(p)]
     if not candidates:
-        raise InvalidInput("no legal configuration is left to try; widen the knobs or relax the constraints")
+        raise InvalidInput(NOTHING_LEFT)
     wanted = lattice.values(wish)
     return min(candidates, key=lambda p: (lattice.distance(lattice.values(p), wanted), p))

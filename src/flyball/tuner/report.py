@@ -12,9 +12,18 @@ from typing import Any
 from flyball import __version__
 from flyball.core.knobs import Configuration, Value
 from flyball.tuner import charts
-from flyball.tuner.compare import CONFIDENCE, Comparison, Verdict, describe_gain
+from flyball.tuner.compare import Comparison, Verdict, describe_gain
+from flyball.tuner.intervals import CONFIDENCE, Interval, t_interval
 from flyball.tuner.objective import Score
 from flyball.tuner.proposers import Strategy
+from flyball.tuner.report_trials import (
+    coordinates_section,
+    front_section,
+    importance_section,
+    importances,
+    invalid_section,
+    pareto,
+)
 from flyball.tuner.study import Problem
 from flyball.tuner.trials import Trial, best, closest
 
@@ -34,6 +43,7 @@ class Report:
     verdict: Verdict
     stopped: str  # why no further trial was made
     written: str  # when, for people
+    launch: str = ""  # what starts the engine with the recommended configuration, where that takes a start
 
     @property
     def best(self) -> Trial | None:
@@ -74,10 +84,15 @@ def as_json(report: Report, url: str) -> dict[str, Any]:
         "outcome": verdict.outcome,
         "verdict": verdict.sentence,
         "recommended": dict(verdict.recommended) if verdict.recommended is not None else None,
+        "launch": report.launch or None,
+        "importance": importances(report.trials, report.problem),
+        "pareto": [t.number for t in pareto(report.trials, report.problem.objectives)],
         "apply": apply_command(verdict.recommended, url) if verdict.recommended is not None else None,
         "comparison": _comparison_json(report.comparison) if report.comparison else None,
         "trials": [
-            {"number": t.number, "kind": t.kind, "values": dict(t.values), "metrics": dict(t.metrics)} | _score(t.score)
+            {"number": t.number, "kind": t.kind, "values": dict(t.values), "metrics": dict(t.metrics)}
+            | _score(t.score)
+            | ({"also": list(t.score.also)} if t.score.also else {})
             for t in report.trials
         ],
     }
@@ -126,6 +141,8 @@ def html(report: Report, url: str) -> str:
     tone = {"gain": "good", "keeps the SLO": "good", "no gain": "plain", "not compared": "plain"}.get(
         report.verdict.outcome, "bad"
     )
+    titles = {t.number: _describe(t) for t in report.trials}
+    shares = importances(report.trials, problem)
     sections = [
         f'<p class="eyebrow">Flyball tune · {escape(problem.service)} · {escape(report.written)}</p>',
         f"<h1>{escape(_headline(report))}</h1>",
@@ -134,7 +151,11 @@ def html(report: Report, url: str) -> str:
         _convergence(report),
         _comparison(report),
         _configuration(report, url),
+        front_section(report.trials, problem, titles),
+        importance_section(shares, problem.objective.metric),
         _knobs(report),
+        coordinates_section(report.trials, problem, titles),
+        invalid_section(report.trials, problem, shares, titles),
         _trials(report),
         _setting(report),
     ]
@@ -225,7 +246,8 @@ def _comparison(report: Report) -> str:
         "<section><h2>Default against best, measured again</h2>"
         f"<p>{len(c.pairs)} pairs of windows under the same traffic, the order swapped from pair to pair; none of them "
         f"was used in the search. The interval of the gain is Student's t on the paired differences at "
-        f"{CONFIDENCE:.0%}: <b>{escape(describe_gain(c))}</b>. Other lines show means.</p>"
+        f"{CONFIDENCE:.0%}: <b>{escape(describe_gain(c))}</b>. The table shows means "
+        "with intervals of their own.</p>"
         '<p class="legend"><i class="dot was"></i>default<i class="dot"></i>best</p>'
         f"{charts.pairs(rows, report.problem.objective.metric)}{_table(header, lines)}</section>"
     )
@@ -233,9 +255,14 @@ def _comparison(report: Report) -> str:
 
 def _compare_line(c: Comparison, metric: str, scale: float) -> list[str]:
     sides = [[getattr(p, s).metrics.get(metric, math.nan) for p in c.pairs] for s in ("default", "challenger")]
-    a, b = (scale * sum(side) / len(side) for side in sides)
-    change = f"{(b / a - 1) * 100:+.1f} %" if a and math.isfinite(b / a) else ""
-    return [f"{metric}, ms" if scale != 1 else metric, _number(a), _number(b), change]
+    a, b = (t_interval([scale * v for v in side]) for side in sides)
+    change = f"{(b.mean / a.mean - 1) * 100:+.1f} %" if a.mean and math.isfinite(b.mean / a.mean) else ""
+    return [f"{metric}, ms" if scale != 1 else metric, _spread(a), _spread(b), change]
+
+
+def _spread(interval: Interval) -> str:
+    half = (interval.high - interval.low) / 2
+    return f"{_number(interval.mean)} ± {_number(half)}" if math.isfinite(half) else _number(interval.mean)
 
 
 def _shown_latencies(report: Report) -> list[str]:
@@ -260,6 +287,8 @@ def _configuration(report: Report, url: str) -> str:
         if report.verdict.recommended is not None
         else ""
     )
+    if report.launch and report.verdict.recommended is not None:
+        command = f"<p>To start the engine with it:</p><pre>{escape(report.launch)}</pre>"
     table = _table(("knob", "default", heading.split()[0].lower()), rows, safe=True)
     return f"<section><h2>{heading}</h2>{table}{command}</section>"
 
@@ -386,6 +415,8 @@ svg{display:block;width:100%;height:auto;font-size:12px}
 .axis{fill:var(--soft)}.best{fill:none;stroke:var(--accent);stroke-width:2}
 .default{stroke:var(--was);stroke-width:1.5;stroke-dasharray:5 4}.default-label{fill:var(--soft)}
 .feasible{fill:var(--accent);stroke:var(--paper);stroke-width:1.5}.was{fill:var(--was);stroke:var(--paper)}
+.bar{fill:var(--accent)}.through{fill:none;stroke:var(--accent);stroke-width:2}
+.through.broken{stroke:var(--warn);stroke-dasharray:4 4}
 .infeasible path{fill:none;stroke:var(--warn);stroke-width:2}
 .infeasible .hit{stroke:var(--paper);stroke-width:5}.join{stroke:var(--line);stroke-width:3}
 .legend{color:var(--soft);font-size:13px;display:flex;flex-wrap:wrap;gap:6px 8px;align-items:center}

@@ -9,26 +9,32 @@ broken constraint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError, SQLAlchemyError
 
 from flyball.core.errors import EngineFailed, InvalidInput, InvalidKnob, VersionConflict
 from flyball.core.knobs import Configuration
 from flyball.core.metrics import MetricsWindow
 from flyball.core.ports import LoadProgress
 from flyball.core.slo import Latency, SloBound
+from flyball.tuner import owners
 from flyball.tuner.measure import Rig
 from flyball.tuner.objective import Objective, Score, failed, score
-from flyball.tuner.proposers import Observation, Strategy, constraints_of, exhausted, propose
+from flyball.tuner.patience import Patience, averaged, pooled
+from flyball.tuner.proposers import Observation, Strategy, constraints_of, directions, exhausted, propose
 from flyball.tuner.space import Lattice
-from flyball.tuner.trials import Kind, Trial
+from flyball.tuner.trials import Kind, Trial, best
 
 _PROBLEM, _TRIAL, _FOUND = "flyball:problem", "flyball:trial", "flyball:found"  # keys of user attributes
 
@@ -42,15 +48,21 @@ class Problem:
     bounds: tuple[SloBound, ...]
     workload: str  # the source of the workload: how to make it again
     service: str = ""  # what is tuned, in words
+    also: tuple[Objective, ...] = ()  # further objectives: the study then shows what each costs the other
 
     def from_default(self, values: Configuration) -> float:
         """How far a configuration is from the default, from 0 to 1."""
         return self.lattice.distance(values, self.lattice.default)
 
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All of them, the one that decides which trial is best first."""
+        return (self.objective, *self.also)
+
     def describe(self) -> dict[str, Any]:
         """As plain data, for the study's file and for reports."""
         return {
-            "objective": str(self.objective),
+            "objective": ", ".join(map(str, self.objectives)),
             "slo": [str(bound) for bound in self.bounds],
             "knobs": {axis.knob.name: list(axis.levels) for axis in self.lattice.axes},
             "fixed": dict(self.lattice.fixed),
@@ -75,18 +87,22 @@ StopReason = Literal["every trial is done", "every legal configuration was tried
 
 
 @contextmanager
-def opened(storage: str, name: str, problem: Problem, *, resume: bool = False) -> Iterator[optuna.Study]:
+def opened(
+    storage: str, name: str, problem: Problem, *, resume: bool = False, alone: bool = True
+) -> Iterator[optuna.Study]:
     """Open a study in a database (`sqlite:///file` or another SQLAlchemy URL), or begin it.
 
-    Raises InvalidInput if it exists and is not to be resumed, or was made for another problem.
+    Trials that were running are marked as lost: all of them if this process is `alone` on the study, else those whose
+    process is gone. Raises InvalidInput if the study exists and is not to be resumed, was made for another problem, or
+    cannot be opened.
     """
-    database = optuna.storages.RDBStorage(storage)
+    database = _database(storage)
     try:
         study = optuna.create_study(
             storage=database,
             study_name=name,
             load_if_exists=True,
-            direction="maximize" if problem.objective.maximise else "minimize",
+            directions=directions(problem.objectives),
         )
         known = study.user_attrs.get(_PROBLEM)
         if known is None:
@@ -98,12 +114,33 @@ def opened(storage: str, name: str, problem: Problem, *, resume: bool = False) -
             )
         else:
             _check_same(name, known, problem.describe())
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)
+        owners.end_lost(study, alone=alone)
         yield study
+    except OperationalError as error:
+        raise InvalidInput(_unwritable(storage, error)) from None
     finally:
         database.remove_session()
         database.engine.dispose()
+
+
+def _database(storage: str) -> optuna.storages.RDBStorage:
+    """The storage; one sentence where it cannot be reached."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: pinned with Optuna's major version
+            return optuna.storages.RDBStorage(storage, heartbeat_interval=owners.BEAT_S, grace_period=owners.SILENCE_S)
+    except (OperationalError, DatabaseError) as error:
+        raise InvalidInput(_unwritable(storage, error)) from None
+    except (ImportError, ArgumentError) as error:
+        raise InvalidInput(
+            f"the study's address {storage!r} cannot be used: {error}; give a file, or a URL such as "
+            "postgresql+psycopg2://user@host/name with its driver installed"
+        ) from None
+
+
+def _unwritable(storage: str, error: DBAPIError) -> str:
+    why = str(error.orig).strip().splitlines()[0]
+    return f"the study {storage} cannot be read or written: {why}; see to its disk or server, then go on with --resume"
 
 
 def remember_found(study: optuna.Study, values: Configuration | None) -> None:
@@ -119,7 +156,7 @@ def recall_found(study: optuna.Study) -> Configuration | None:
 
 def latest(storage: str) -> str:
     """The name of the study that was begun last in a database."""
-    database = optuna.storages.RDBStorage(storage)
+    database = _database(storage)
     try:
         names = [study.study_name for study in database.get_all_studies()]
     finally:
@@ -147,8 +184,9 @@ def history(study: optuna.Study) -> list[Trial]:
 
 def _from_optuna(trial: FrozenTrial) -> Trial:
     record = trial.user_attrs[_TRIAL]
-    assert trial.value is not None
-    verdict = Score(value=trial.value, margins=record["margins"], failure=record["failure"])
+    assert trial.values is not None
+    value, *also = trial.values
+    verdict = Score(value=value, margins=record["margins"], failure=record["failure"], also=tuple(also))
     return Trial(
         number=trial.number, kind=record["kind"], values=record["values"], score=verdict, metrics=record["metrics"]
     )
@@ -171,7 +209,9 @@ class _Proposer(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        values = propose(self._problem.lattice, self._problem.objective, _seen(study, trial.number), self._strategy)
+        problem = self._problem
+        seen = _seen(study, trial.number)
+        values = propose(problem.lattice, problem.objective, seen, self._strategy, problem.also)
         return {name: values[name] for name in search_space}
 
     def sample_independent(  # called by Optuna for what sample_relative left out, which is nothing
@@ -196,49 +236,146 @@ def _seen(study: optuna.Study, asking: int) -> list[Observation]:
 def run(
     study: optuna.Study,
     problem: Problem,
-    rig: Rig,
+    rig: Rig | Sequence[Rig],
     strategy: Strategy,
     *,
     trials: int,
+    patience: Patience | None = None,
     watch: Watch = lambda _: None,
     requests: LoadProgress | None = None,
 ) -> StopReason:
     """Go on until the study holds this many finished trials, the default configuration's first; then say why it ended.
 
-    A configuration that fails is a finished trial. Raises EngineFailed when the engine is gone for good; whatever ends
-    the study, only the running trial is lost.
+    Several rigs measure as many trials at once, each with a target of its own; several processes may run one study, and
+    each counts what the others are trying. A configuration that fails is a finished trial. Raises EngineFailed when an
+    engine is gone for good; whatever ends the study, only running trials are lost.
     """
     study.sampler = _Proposer(problem, strategy)
-    while (done := len(history(study))) < trials:
-        if exhausted(problem.lattice, _seen(study, -1)):
+    rigs = [rig] if isinstance(rig, Rig) else list(rig)
+    desk = _Desk(study=study, problem=problem, strategy=strategy, patience=patience or Patience(), watch=watch)
+    with owners.alive(study, desk.ids):
+        if len(rigs) == 1:
+            return _in_turn(desk, rigs[0], trials, requests)
+        return _at_once(desk, rigs, trials, requests)
+
+
+def _in_turn(desk: _Desk, rig: Rig, trials: int, requests: LoadProgress | None) -> StopReason:
+    while desk.wanted(trials) > 0:
+        if desk.exhausted():
             return "every legal configuration was tried"
-        asked = study.ask(problem.lattice.distributions())
-        values = {**asked.params, **problem.lattice.fixed}
-        watch(Progress(number=asked.number, values=values))
+        begun = desk.begin()
         try:
-            verdict, metrics = _try(problem, rig, values, requests)
+            result = desk.measure(rig, begun, requests)
         except BaseException:
-            study.tell(asked, state=TrialState.FAIL)
+            desk.drop(begun)
             raise
-        kind: Kind = "default" if done == 0 else "start" if done <= strategy.starts else "search"
-        trial = Trial(number=asked.number, kind=kind, values=values, score=verdict, metrics=metrics)
-        _record(study, asked, trial)
-        watch(Progress(number=asked.number, values=values, finished=trial))
-        if verdict.failure is not None:
-            rig.target.configuration()  # raises when the engine is gone: no further trial could tell anything
+        desk.finish(begun, result, rig)
     return "every trial is done"
 
 
-def _try(
-    problem: Problem, rig: Rig, values: Mapping[str, Any], requests: LoadProgress | None
-) -> tuple[Score, dict[str, float]]:
+def _at_once(desk: _Desk, rigs: Sequence[Rig], trials: int, requests: LoadProgress | None) -> StopReason:
+    idle = list(rigs)
+    running: dict[Future[_Result], tuple[_Begun, Rig]] = {}
+    pool = ThreadPoolExecutor(len(rigs), thread_name_prefix="flyball-trial")
     try:
-        window = rig.measure(values, progress=requests)
-    except VersionConflict:
-        raise
-    except (InvalidKnob, EngineFailed) as error:
-        return failed(str(error), problem.objective, problem.bounds), {}
-    return score(window, problem.objective, problem.bounds), summary(window)
+        while True:
+            while idle and desk.wanted(trials) > 0 and not desk.exhausted():
+                rig, begun = idle.pop(0), desk.begin()
+                running[pool.submit(desk.measure, rig, begun, requests)] = (begun, rig)
+            if not running:
+                return "every trial is done" if desk.wanted(trials) <= 0 else "every legal configuration was tried"
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                begun, rig = running[done]
+                result = done.result()
+                del running[done]
+                desk.finish(begun, result, rig)
+                idle.append(rig)
+    finally:
+        for begun, _ in running.values():
+            desk.drop(begun)
+        pool.shutdown(wait=not running, cancel_futures=True)
+
+
+class _Begun(NamedTuple):
+    asked: optuna.Trial
+    values: Mapping[str, Any]
+    kind: Kind
+
+
+_Result = tuple[Score, dict[str, float]]
+
+
+@dataclass(kw_only=True)
+class _Desk:
+    """Where trials are begun and recorded, by one thread; measuring is for others."""
+
+    study: optuna.Study
+    problem: Problem
+    strategy: Strategy
+    patience: Patience
+    watch: Watch
+    ids: set[int] = field(default_factory=set)  # of the trials that run here
+
+    def wanted(self, trials: int) -> int:
+        """How many more are to be begun; those that run elsewhere count as had."""
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        return trials - len(self.study.get_trials(deepcopy=False, states=states))
+
+    def exhausted(self) -> bool:
+        return exhausted(self.problem.lattice, _seen(self.study, -1))
+
+    def begin(self) -> _Begun:
+        before = len(_seen(self.study, -1))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Heartbeat of storage")  # `owners` gives the signs of life
+            asked = self.study.ask(self.problem.lattice.distributions())
+        owners.sign(asked)
+        self.ids.add(asked._trial_id)  # what heartbeats go by
+        values = {**asked.params, **self.problem.lattice.fixed}
+        self.watch(Progress(number=asked.number, values=values))
+        kind: Kind = "default" if before == 0 else "start" if before <= self.strategy.starts else "search"
+        return _Begun(asked, values, kind)
+
+    def measure(self, rig: Rig, begun: _Begun, requests: LoadProgress | None) -> _Result:
+        known = best(history(self.study), self.problem.objective)
+        incumbent = known.score.value if known else None
+        return _try(self.problem, rig, begun.values, self.patience, incumbent, requests)
+
+    def finish(self, begun: _Begun, result: _Result, rig: Rig) -> None:
+        self.ids.discard(begun.asked._trial_id)
+        verdict, metrics = result
+        trial = Trial(number=begun.asked.number, kind=begun.kind, values=begun.values, score=verdict, metrics=metrics)
+        _record(self.study, begun.asked, trial)
+        self.watch(Progress(number=trial.number, values=begun.values, finished=trial))
+        if verdict.failure is not None:
+            rig.target.configuration()  # raises when the engine is gone: no further trial could tell anything
+
+    def drop(self, begun: _Begun) -> None:
+        self.ids.discard(begun.asked._trial_id)
+        with suppress(SQLAlchemyError):  # a database that is gone marks nothing; the owner's death will
+            self.study.tell(begun.asked, state=TrialState.FAIL)
+
+
+def _try(
+    problem: Problem,
+    rig: Rig,
+    values: Mapping[str, Any],
+    patience: Patience,
+    incumbent: float | None,
+    requests: LoadProgress | None,
+) -> _Result:
+    scores: list[Score] = []
+    figures: list[dict[str, float]] = []
+    while not scores or not patience.ends(scores, problem.objective, incumbent):
+        try:
+            window = rig.measure(values, progress=requests)
+        except VersionConflict:
+            raise
+        except (InvalidKnob, EngineFailed) as error:
+            return failed(str(error), problem.objective, problem.bounds, problem.also), {}
+        scores.append(score(window, problem.objective, problem.bounds, problem.also))
+        figures.append(summary(window))
+    return pooled(scores), averaged(figures)
 
 
 def _record(study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
@@ -251,7 +388,7 @@ def _record(study: optuna.Study, asked: optuna.Trial, trial: Trial) -> None:
         "failure": trial.score.failure,
         "metrics": dict(trial.metrics),
     })  # fmt: skip
-    study.tell(asked, trial.score.value)
+    study.tell(asked, [trial.score.value, *trial.score.also])
 
 
 def summary(window: MetricsWindow) -> dict[str, float]:

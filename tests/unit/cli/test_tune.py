@@ -112,7 +112,7 @@ def test_an_interrupted_tune_restores_and_resumes(
         (("--url", "http://127.0.0.1:9"), "no server answers at http://127.0.0.1:9"),
         (("--slo", "fast"), "cannot read the SLO 'fast'"),
         (("--maximize", "speed"), "unknown objective 'speed'"),
-        (("--maximize", "goodput", "--minimize", "p95_ttft"), "not both"),
+        (("--maximize", "goodput", "--minimize", "goodput"), "not both"),
         (("--knob", "max_num_seqs"), "write NAME=LOW..HIGH"),
         (("--sampler", "grid"), "unknown sampler 'grid'; use one of tpe, gp, random"),
         (("--repeats", "1"), "one pair of windows gives no interval"),

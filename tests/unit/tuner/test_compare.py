@@ -12,7 +12,8 @@ from scipy import stats
 from flyball.core.errors import InvalidInput
 from flyball.core.knobs import Configuration
 from flyball.core.workload import Workload
-from flyball.tuner.compare import Comparison, Pair, Window, compare, t_interval, verdict
+from flyball.tuner.compare import Comparison, Pair, Window, compare, verdict
+from flyball.tuner.intervals import t_interval
 from flyball.tuner.objective import Objective, Score
 from flyball.tuner.study import Problem
 from flyball.tuner.trials import Kind, Trial
