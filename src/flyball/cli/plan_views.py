@@ -42,7 +42,7 @@ def what_if(
         return plan(spec, solver=solver, queue_model=queue_model, time_limit_s=time_limit_s)
 
     base = planned(fleet)
-    rows = [("as it is", base, [])]
+    rows: list[tuple[str, FleetPlan, list[str]]] = [("as it is", base, [])]
     rows += [(text, found, moves(base, found)) for text in variants for found in (planned(variant(fleet, text)),)]
     table = _table("what if", ("variant",), ("cost/h", "change", "replicas", "served", "gap"))
     table.add_column("what changes", overflow="fold")

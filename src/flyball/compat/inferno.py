@@ -120,13 +120,17 @@ class _Door:
 
 
 def _add_fleet(door: _Door, fleet: FleetState) -> None:
+    def from_body(change: Callable[..., object]) -> Callable[[object], object]:
+        return lambda body: fleet.call(lambda: change(_mapping(body)))
+
+    def from_path(change: Callable[..., object]) -> Callable[..., object]:
+        return lambda **given: fleet.call(lambda: change(**given))
+
     for method, path, change in fleet_routes(fleet):
         if method == "POST":
-            door.post(
-                path, _ANY, _about(change), lambda body, change=change: fleet.call(lambda: change(_mapping(body)))
-            )
+            door.post(path, _ANY, _about(change), from_body(change))
         else:
-            door.get(path, _about(change), lambda change=change, **given: fleet.call(lambda: change(**given)))
+            door.get(path, _about(change), from_path(change))
 
 
 def _add_tuner(door: _Door, tuner: Tuner) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -268,7 +268,7 @@ def test_variants_trade_off_and_trace_are_shown(flyball: Shell, tmp_path: Path) 
         picture = tmp_path / f"{key}.svg"
         code, table, _ = flyball("plan", EXAMPLE, *options, "--picture", picture)
         assert (code, bool(table)) == (0, True)
-        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        assert ET.parse(picture).getroot().tag.endswith("svg")
         code, out, _ = flyball("plan", EXAMPLE, *options, "--format", "json")
         assert (code, len(json.loads(out)[key]) > 0) == (0, True)
 
