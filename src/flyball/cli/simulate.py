@@ -109,9 +109,14 @@ def _profile(path: Path | None, max_batch: int) -> LatencyProfile:
     from flyball.core.fleet import LatencyProfile
 
     if path is None:
-        law = {"alpha_s": 9e-3, "beta_s": 3e-5, "gamma_s": 6e-8}
         return LatencyProfile(
-            model="model", accelerator=_ACCELERATOR, max_batch=max_batch, queue_model="v3-engine", **law
+            model="model",
+            accelerator=_ACCELERATOR,
+            alpha_s=9e-3,
+            beta_s=3e-5,
+            gamma_s=6e-8,
+            max_batch=max_batch,
+            queue_model="v3-engine",
         )
     found = read_profiles(path)
     if len(found) != 1:
