@@ -222,8 +222,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("flyball-online"))
     args = parser.parse_args()
-    half_s = 25.0 if args.short else args.half_s
-    search_s = 5.0 if args.short else 15.0
+    half_s = 20.0 if args.short else args.half_s
+    search_s = 4.0 if args.short else 15.0
     args.out.mkdir(parents=True, exist_ok=True)
     say = Console(stderr=True, soft_wrap=True).print
     url = f"http://127.0.0.1:{free_port()}"

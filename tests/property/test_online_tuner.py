@@ -112,9 +112,11 @@ def test_the_sequence_is_the_same_in_every_process(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["local", "tpe", "bayes", "nelder-mead"])
-def test_concurrent_asks_differ(name: str) -> None:
-    """Before, during and after the search, k trials open at once are k configurations."""
-    tuner = OnlineTuner(PAIR, seed=3, proposer=name)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_concurrent_asks_differ(name: str, coarse: bool) -> None:
+    """Before, during and after the search, k trials open at once are k configurations, with coarse knobs too."""
+    wait = Knob(name="wait_ms", kind="int", default=100, low=100, high=104)
+    tuner = OnlineTuner(Space((PAIR["batch"], wait)) if coarse else PAIR, seed=3, proposer=name)
     for _ in range(12):
         trials = tuner.ask(6)
         assert len({tuple(t.values.values()) for t in trials}) == 6

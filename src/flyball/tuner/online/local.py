@@ -99,8 +99,10 @@ class Local:
 
     def ask(self, pending: Matrix) -> Suggestion:
         """The next point; it differs from every pending one."""
-        if self._design:
-            return Suggestion(self._design.popleft(), "a spread of first points")
+        while self._design:
+            u = self._design.popleft()
+            if not among(u, pending):  # coarse knobs have few points
+                return Suggestion(u, "a spread of first points")
         best = self._best
         if best is None:
             return Suggestion(self._random(pending), "nothing was measured yet")
