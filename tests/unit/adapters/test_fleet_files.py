@@ -199,7 +199,7 @@ def test_our_yaml_is_read() -> None:
         ),
         ("alpha_ms: 38, ", "", r"profiles\[0\].alpha_ms is missing; give a number of at least 0"),
         ("cost_per_h: 0.80", "cost_per_h: .inf", r"accelerators\[0\].cost_per_h is inf; give a number of at least 0"),
-        ("mean_ttft<500ms", "p95_ttft<500ms", "has 'p95_ttft<500ms'; a plan holds mean_ttft and mean_itl"),
+        ("mean_ttft<500ms", "p95_tpot<500ms", "has 'p95_tpot<500ms'; a plan holds percentiles of ttft, itl and"),
         ("mean_ttft<500ms", "fast", "cannot read the SLO 'fast'; write it like"),
         ("priority: 10", "priority: 0", "priority is 0; give a number of at least 1"),
         ("accelerators:", "accelerators: [", "is not valid YAML"),
