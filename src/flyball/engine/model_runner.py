@@ -72,8 +72,7 @@ class ModelRunner:
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device
         )
         self.fused: FusedModel | None = None
-        self._keeps_hidden = False
-        self.hidden: Tensor | None = None  # states [R, d] before the output layer, if they are kept
+        self._hidden: Tensor | None = None
         self.kernels = "torch"  # what computes the steps, and why not something faster
         if config.kernels != "torch":
             try:
@@ -114,10 +113,7 @@ class ModelRunner:
     def forward(self, parts: Sequence[Scheduled]) -> Tensor:
         """Compute a step; returns logits [R, V] of the parts that sample, in their order."""
         if self.fused is not None:
-            sampled_logits = self.fused.forward(parts)
-            if self._keeps_hidden:
-                self.hidden = self.fused.states()
-            return sampled_logits
+            return self.fused.forward(parts)
         ids: list[int] = []
         positions: list[int] = []
         sampled: list[int] = []
@@ -143,14 +139,17 @@ class ModelRunner:
         kept = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
         return sum(kept.values())
 
+    def states(self) -> Tensor | None:
+        """States [R, d] before the output layer, of the rows that the last step sampled; None: they are not kept."""
+        return self._hidden if self.fused is None else self.fused.states()
+
     def keep_hidden(self) -> None:
         """Keep the states of sampled rows of each step from now on."""
-        self._keeps_hidden = True
-        if self.fused is not None:
+        if self.fused is not None:  # which leaves them behind anyway
             return
 
         def keep(_module: Any, inputs: tuple[Tensor, ...]) -> None:  # noqa: ANN401  # untyped
-            self.hidden = inputs[0][0]
+            self._hidden = inputs[0][0]
 
         self.model.get_output_embeddings().register_forward_pre_hook(keep)
 

@@ -149,7 +149,7 @@ class Request:
     spec_accepted: int = 0  # guessed tokens that were kept
     draft_computed: int = 0  # tokens with valid KV of the draft model
     lookup: Any = None  # of its own text, for guesses by n-grams
-    medusa_ids: tuple[int, list[int]] | None = None  # known tokens when they were guessed, and the guesses
+    medusa_state: tuple[int, Any] | None = None  # known tokens, and the model's state [d] under the newest
     edited: bool = field(init=False)
     plain: bool = field(init=False)  # not edited, and nothing but the token is wanted
     solo: bool = field(init=False)  # runs in steps of its own

@@ -27,19 +27,21 @@ class MedusaProposer:
         self.longest = self.heads.heads
         target.keep_hidden()
 
-    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[Draft]:
-        """What the heads made of the state under each request's newest token."""
-        return [
-            Draft(r.medusa_ids[1][:count] if r.medusa_ids and r.medusa_ids[0] == r.num_known else [])
-            for r, count in zip(requests, counts, strict=True)
-        ]
-
     @torch.inference_mode()
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[Draft]:
+        """What the heads make of the state under each request's newest token; none where that was not kept."""
+        drafts = [Draft([]) for _ in requests]
+        ready = [i for i, r in enumerate(requests) if r.medusa_state is not None and r.medusa_state[0] == r.num_known]
+        if ready:
+            rows = torch.stack([requests[i].medusa_state[1] for i in ready])  # type: ignore[index]  # not None, above
+            states = self.heads(rows.to(self._target.shape.dtype))[: max(counts[i] for i in ready)]
+            guesses = torch.stack([self._target.logits_of(s).argmax(-1) for s in states], dim=-1).tolist()
+            for i, ids in zip(ready, guesses, strict=True):
+                drafts[i] = Draft(ids[: counts[i]])
+        return drafts
+
     def observe(self, requests: Sequence[Request], hidden: Tensor | None) -> None:
-        """Guess at once, while the states are there."""
-        if hidden is None or not requests:
-            return
-        states = self.heads(hidden.to(self._target.shape.dtype))
-        guesses = torch.stack([self._target.logits_of(s).argmax(-1) for s in states], dim=-1).tolist()
-        for request, ids in zip(requests, guesses, strict=True):
-            request.medusa_ids = (request.num_known, ids)
+        """Keep the states; what they say is worked out only if it is asked for."""
+        if hidden is not None:
+            for request, state in zip(requests, hidden, strict=True):
+                request.medusa_state = (request.num_known, state)
