@@ -42,6 +42,9 @@ def run(
     budget: Annotated[
         float | None, typer.Option(help="Most cost per hour, of all replicas at any instant.", min=0)
     ] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="Try each change in the simulator, on the recent load, before it is decided.")
+    ] = True,
     turns: Annotated[int, typer.Option(help="Decisions to take from Prometheus; 0: until interrupted.", min=0)] = 0,
     metrics_port: Annotated[
         int | None, typer.Option(help="Serve the decisions as metrics (wva_* and flyball_*) on this port.", min=0)
@@ -54,12 +57,15 @@ def run(
     from flyball.core.errors import InvalidInput
     from flyball.planner.loop import LoopSettings
     from flyball.planner.loop import controller as controller_named
+    from flyball.planner.rehearsal import RehearsedLoop
 
     if (states is None) == (prometheus is None):
         raise InvalidInput("give where the fleet's state is read: either --states FILE or --prometheus URL")
     fleet = read_fleet(spec)
     settings = LoopSettings(period_s=period, forecast=forecast, start_up_s=start_up, budget_per_h=budget)
     loop = controller_named(controller, fleet, settings)
+    if rehearse:
+        loop = RehearsedLoop(fleet, loop.settings)
     if states is not None:
         told = _from_states(loop, states)
     else:

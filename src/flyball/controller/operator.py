@@ -26,6 +26,7 @@ from flyball.core.clock import Clock, SystemClock
 from flyball.core.errors import InvalidInput
 from flyball.planner.cycle import Turn, turn
 from flyball.planner.loop import FleetLoop, LoopMemory
+from flyball.planner.rehearsal import RehearsedLoop
 
 FleetResource = create_namespaced_resource(GROUP, VERSION, "Fleet", "fleets")
 ServiceClassResource = create_namespaced_resource(GROUP, VERSION, "ServiceClass", "serviceclasses")
@@ -85,7 +86,7 @@ class Reconciler:
     def _take(self, wanted: Fleet) -> None:
         """A new loop where the fleet's description changed; what was learnt of the load is kept."""
         if self._known is None or (wanted.spec, wanted.settings) != (self._known.spec, self._known.settings):
-            self._loop = FleetLoop(wanted.spec, wanted.settings)
+            self._loop = RehearsedLoop(wanted.spec, wanted.settings)
         if self._prometheus is None or self._prometheus.url != wanted.prometheus_url.rstrip("/"):
             self.close()
             self._prometheus = PrometheusClient(wanted.prometheus_url)
