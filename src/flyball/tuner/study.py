@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from flyball.core.errors import EngineFailed, InvalidInput, InvalidKnob, VersionConflict
 from flyball.core.knobs import Configuration
@@ -116,7 +116,7 @@ def opened(
             _check_same(name, known, problem.describe())
         owners.end_lost(study, alone=alone)
         yield study
-    except OperationalError as error:
+    except (StorageInternalError, DBAPIError) as error:
         raise InvalidInput(_unwritable(storage, error)) from None
     finally:
         database.remove_session()
@@ -129,7 +129,7 @@ def _database(storage: str) -> optuna.storages.RDBStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: pinned with Optuna's major version
             return optuna.storages.RDBStorage(storage, heartbeat_interval=owners.BEAT_S, grace_period=owners.SILENCE_S)
-    except (OperationalError, DatabaseError) as error:
+    except DBAPIError as error:
         raise InvalidInput(_unwritable(storage, error)) from None
     except (ImportError, ArgumentError) as error:
         raise InvalidInput(
@@ -138,8 +138,9 @@ def _database(storage: str) -> optuna.storages.RDBStorage:
         ) from None
 
 
-def _unwritable(storage: str, error: DBAPIError) -> str:
-    why = str(error.orig).strip().splitlines()[0]
+def _unwritable(storage: str, error: Exception) -> str:
+    cause = error.__cause__ or error  # Optuna wraps what the database says
+    why = str(cause.orig if isinstance(cause, DBAPIError) else cause).strip().partition("\n")[0]
     return f"the study {storage} cannot be read or written: {why}; see to its disk or server, then go on with --resume"
 
 
@@ -352,7 +353,7 @@ class _Desk:
 
     def drop(self, begun: _Begun) -> None:
         self.ids.discard(begun.asked._trial_id)
-        with suppress(SQLAlchemyError):  # a database that is gone marks nothing; the owner's death will
+        with suppress(StorageInternalError, SQLAlchemyError):  # its owner's death marks it then
             self.study.tell(begun.asked, state=TrialState.FAIL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
 import sys
 import threading
@@ -144,6 +145,29 @@ def test_a_database_that_cannot_be_had_is_one_sentence(tmp_path: Path) -> None:
         opened(f"sqlite:///{tmp_path}", "s", asked).__enter__()
     with pytest.raises(InvalidInput, match="the study's address 'nosql://x' cannot be used"):
         opened("nosql://x", "s", asked).__enter__()
+
+
+def test_a_full_disk_is_one_sentence_and_loses_the_running_trial_only(tmp_path: Path) -> None:
+    """The study's file may grow no further after its first trials; with room again it goes on from them."""
+    path = tmp_path / "study.db"
+    url, engine = storage_url(str(path)), SimulatedEngine()
+    asked = problem(engine)
+    with opened(url, "s", asked) as study:
+        run(study, asked, rig(engine), Strategy(), trials=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as if the disk were full
+    try:
+        with (
+            pytest.raises(InvalidInput, match=r"cannot be read or written: .*; see to its disk or server"),
+            opened(url, "s", asked, resume=True) as study,
+        ):
+            run(study, asked, rig(engine), Strategy(), trials=30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with opened(url, "s", asked, resume=True) as study:
+        assert len(history(study)) == 2
+        run(study, asked, rig(engine), Strategy(), trials=3)
+        assert len(history(study)) == 3
 
 
 @pytest.mark.parametrize("bad", [{"windows": 0}, {"tolerance": 0.0}, {"hopeless": float("nan")}])
