@@ -29,6 +29,7 @@ from flyball.core.fleet import (
     Targets,
 )
 from flyball.core.slo import SloBound
+from flyball.planner.stages import split_stages
 
 _MS = 1e-3
 _PER_MINUTE = 1 / 60
@@ -190,7 +191,8 @@ def _ours(fields: Fields) -> FleetSpec:
         "budget_per_h", "power_limit_w", "energy_price_per_kwh", "horizon_h", "saturation_policy",
         "delayed_best_effort",
     )  # fmt: skip
-    return FleetSpec(
+    apart = frozenset(f.text("name") for f in fields.each("servers") if f.flag("disaggregated"))
+    spec = FleetSpec(
         accelerators=tuple(
             Accelerator(
                 name=f.only("name", "type", "units", "cost_per_h", "startup_cost", "power", *_HARDWARE).text(
@@ -226,6 +228,7 @@ def _ours(fields: Fields) -> FleetSpec:
         saturation_policy=fields.choice("saturation_policy", SATURATION_POLICIES),
         delayed_best_effort=fields.flag("delayed_best_effort"),
     )
+    return split_stages(spec, apart)
 
 
 def _our_power(f: Fields) -> PowerCurve:
@@ -282,6 +285,7 @@ def _our_server(f: Fields) -> ServerSpec:
     f.only(
         "name", "class", "model", "arrival_rps", "input_tokens", "output_tokens", "min_replicas", "max_batch",
         "max_queue", "keep_accelerator", "current", "max_replicas", "quota", "input_cv", "output_cv", "prefix_hit",
+        "disaggregated",
     )  # fmt: skip
     current = f.inside("current").only("accelerator", "replicas", "cost_per_h")
     return ServerSpec(

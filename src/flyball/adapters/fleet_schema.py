@@ -118,6 +118,7 @@ _SERVER = _object(
         "input_cv": _number("standard deviation of input tokens over their mean"),
         "output_cv": _number("standard deviation of output tokens over their mean"),
         "prefix_hit": _number("share of input tokens that are cached already"),
+        "disaggregated": _flag("prefill and decode run on replicas of their own, planned as two servers"),
         "min_replicas": _whole("fewest"),
         "max_replicas": _whole("most", 1),
         "quota": _text("one of quotas"),
