@@ -48,7 +48,7 @@ def memory_batch(
     """Largest batch that a cache of so many tokens holds; 0 where not even one whole request of mean length fits.
 
     >>> int(memory_batch(32768, 100, 300))
-    120
+    122
     """
     mean, deviation = held_tokens(input_tokens, output_tokens, input_cv=input_cv, output_cv=output_cv)
     cache = np.asarray(kv_tokens, dtype=np.float64)

@@ -66,6 +66,17 @@ def test_more_load_shortens_nothing_and_overload_is_answered() -> None:
         assert (np.diff(array, axis=1) >= 0).all()
 
 
+def test_v3_engine_s_percentiles_lie_around_its_own_means() -> None:
+    """The rest of a step and bursts, which its means know, are in the percentiles on average."""
+    law = queue_model("v3-engine")
+    queues = law.prepare(Replicas.of(**ONE, max_batch=12))
+    rate = 0.5 * queues.capacity_rps
+    means, seen = queues.analyze(rate), percentiles(queues, rate, LEVELS)
+    assert seen.mean_ttft_s[0] == pytest.approx(means.ttft_s[0], rel=0.02)
+    assert seen.mean_itl_s[0] == pytest.approx(means.itl_s[0], rel=0.02)
+    assert seen.ttft_s[0, 0] < 2 * means.ttft_s[0] < 10 * seen.ttft_s[0, 2]
+
+
 def test_the_same_question_has_the_same_answer() -> None:
     """The points are fixed: no random generator is involved."""
     queues = LAW.prepare(Replicas.of(**ONE, max_batch=12))
