@@ -63,6 +63,9 @@ class Level:
         return max(math.sqrt(max(self.var, 0.0)), FLOOR * abs(self.mean), 1e-12)
 
 
+_NOTHING = Level()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
     """What the last known good does, and how what is in force compares."""
@@ -74,7 +77,7 @@ class Baseline:
 
     def changed(self, now_s: float) -> Baseline:
         """Another configuration is in force from now on."""
-        return replace(self, trial=Level(), since_s=now_s, regressions=0.0)
+        return Baseline(good=self.good, trial=_NOTHING, since_s=now_s)
 
     def promoted(self) -> Baseline:
         """What is in force is the last known good now."""
