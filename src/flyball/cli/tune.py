@@ -150,7 +150,10 @@ def run(
     objective, *also = _objectives(maximize or (), minimize or ())
     bounds = tuple(SloBound.parse(text) for text in slo or ())
     narrow = parse_knobs(knob or ())
-    strategy = Strategy(sampler=sampler, seed=seed, feasibility=feasibility)
+    strategy, patience = (
+        Strategy(sampler=sampler, seed=seed, feasibility=feasibility),
+        Patience(windows=windows, tolerance=tolerance),
+    )
     check_writable(report)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = Console(stderr=True, highlight=False)
@@ -198,7 +201,7 @@ def run(
         found = tune_session.tune(
             problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
             storage=study, name=name, resume=resume, apply=apply, console=console, restore=engine == "flyball",
-            others=others, patience=Patience(windows=windows, tolerance=tolerance), alone="://" not in study,
+            others=others, patience=patience, alone="://" not in study,
         )  # fmt: skip
         if found.verdict.recommended is not None and engine != "flyball":
             found = replace(found, launch=target.command(found.verdict.recommended))
