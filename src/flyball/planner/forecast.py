@@ -14,7 +14,7 @@ naive      the last sample
 ewma       l += (1 - 2^(-dt/H)) (y - l)
 holt       level and slope (Holt, 1957), the slope fading with distance: l + b (1 - 2^(-h/D)) D / ln 2 (damped trend,
            Gardner and McKenzie, 1985)
-seasonal   the rate a season before then, scaled by the level over that a season before now; holt until a season is
+seasonal   the rate a season before then, scaled by the last minutes over those a season before; holt until a season is
            known: given, or found as the lag at which the rates agree best with themselves (autocorrelation)
 portfolio  whichever of the others was least off lately at this distance
 """
@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flyball.core.errors import InvalidInput
+from flyball.numerics.markov import Floats
 
 _ERROR_MEMORY_S = 900.0  # half-life of what is known about a method's errors
 _PRIOR_ERROR = 0.1  # of the rate, before any forecast has come due
@@ -38,7 +39,10 @@ _SD_OF_MEAN_ERROR = 1.25  # standard deviation over mean absolute error, of a no
 _MOST_PENDING = 512
 _BIN_S, _MOST_BINS = 60.0, 3000  # of the seasonal method's memory: two days of minutes
 _LEAST_LAG, _LEAST_OVERLAP = 5, 12  # bins
+_PEAK_STEPS = 8  # moments looked at between now and the horizon
+_SCALED_BY = 4  # bins that a season is compared with the one before by
 _AGREED = 0.7  # autocorrelation that makes a season
+_SHOCK = 6.0  # standard deviations of chance from which a change is no chance
 _BEYOND_CHANCE = 3.0  # the rates' variance over a Poisson process's
 
 
@@ -98,11 +102,18 @@ class Method:
         dt = max(sample.at_s - state.at_s, 1e-9)
         gain = 1.0 - math.exp2(-dt / self.level_s) if self.level_s else 1.0
         expected = state.level + state.slope * dt
+        if self.level_s and abs(sample.rate_rps - expected) > _SHOCK * math.sqrt(max(sample.noise_var, expected / dt)):
+            return self._shocked(state, sample, dt)
         level = max(expected + gain * (sample.rate_rps - expected), 0.0)
         slope = state.slope
         if self.slope_s:
             slope += (1.0 - math.exp2(-dt / self.slope_s)) * ((level - state.level) / dt - slope)
         moved = replace(state, at_s=sample.at_s, level=level, slope=slope)
+        return self._binned(moved, sample, dt) if self.seasonal else moved
+
+    def _shocked(self, state: State, sample: Sample, dt: float) -> State:
+        """Another load has begun: its rate is the level at once, and what the slope was says nothing of it."""
+        moved = replace(state, at_s=sample.at_s, level=sample.rate_rps, slope=0.0)
         return self._binned(moved, sample, dt) if self.seasonal else moved
 
     @property
@@ -132,9 +143,9 @@ class Method:
             index = len(bins) + low
             return bins[max(index, 0)] * (1.0 - share) + bins[max(min(index + 1, len(bins) - 1), 0)] * share
 
-        before, then = rate(state.at_s - season * self._bin_s), rate(state.at_s + horizon_s)
-        scale = state.level / before if before > 0 else 1.0
-        return then * min(max(scale, 0.8), 1.25)
+        before = sum(bins[max(len(bins) - season - _SCALED_BY, 0) : len(bins) - season])
+        scale = sum(bins[-_SCALED_BY:]) / before if before > 0 else 1.0
+        return rate(state.at_s + horizon_s) * min(max(scale, 0.8), 1.25)
 
     def ahead(self, state: State, horizon_s: float) -> float:
         """The rate expected then."""
@@ -156,16 +167,21 @@ def found_season(bins: tuple[float, ...], bin_s: float) -> int:
     x = np.array(bins) - np.mean(bins)
     if float(x @ x) / count < _BEYOND_CHANCE * max(float(np.mean(bins)), 1e-9) / bin_s:
         return 0
-    best, agreed = 0, _AGREED
-    for lag in range(_LEAST_LAG, count - _LEAST_OVERLAP + 1):
-        if count < 1.5 * lag:
-            break
-        a, b = x[:-lag], x[lag:]
-        norm = math.sqrt(float(a @ a) * float(b @ b))
-        agreement = float(a @ b) / norm if norm > 0 else 0.0
-        if agreement > agreed + (0.05 if best else 0.0):  # of like ones the shortest
-            best, agreed = lag, agreement
-    return best
+    most = min(count - _LEAST_OVERLAP, int(count / 1.5))
+    agreements = [_agreement(x[:-lag], x[lag:]) for lag in range(_LEAST_LAG, most + 1)]
+    best = max(agreements, default=0.0)
+    if best < _AGREED:
+        return 0
+    peaks = (
+        k for k in range(1, len(agreements) - 1)
+        if agreements[k] >= best - 0.05 and agreements[k - 1] < agreements[k] >= agreements[k + 1]
+    )  # fmt: skip
+    return next((k + _LEAST_LAG for k in peaks), 0)  # of multiples of one season the shortest
+
+
+def _agreement(a: Floats, b: Floats) -> float:
+    norm = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / norm if norm > 0 else 0.0
 
 
 METHODS: Mapping[str, Method] = {
@@ -231,6 +247,14 @@ class Forecaster:
         sd = _deviation(one, one.state.level)
         mean = self.methods[outlook.chosen].ahead(one.state, horizon_s)
         return Forecast(mean_rps=mean, sd_rps=sd, method=outlook.chosen)
+
+    def peak(self, outlook: Outlook, horizon_s: float) -> float:
+        """The most that is expected between now and then: what is there must last until that is over."""
+        one = outlook.tracked[outlook.chosen]
+        if math.isnan(one.state.level):
+            return 0.0
+        method = self.methods[outlook.chosen]
+        return max(method.ahead(one.state, horizon_s * k / _PEAK_STEPS) for k in range(_PEAK_STEPS + 1))
 
     def level(self, outlook: Outlook) -> float:
         """The rate now, chance smoothed away as the believed method does."""

@@ -295,6 +295,7 @@ class FleetLoop:
             rate_rps=came.rate_rps,
             level_rps=self._forecaster.level(memory.outlook),
             ahead=self._forecaster.ahead(memory.outlook, start_up_s + self.period_s),
+            peak_rps=self._forecaster.peak(memory.outlook, start_up_s + self.period_s),
             start_up_s=start_up_s,
         )
 

@@ -63,6 +63,7 @@ class Seen:
     rate_rps: float  # arrivals over the window
     level_rps: float  # the same, chance smoothed away
     ahead: Forecast  # when a replica asked for now would be ready
+    peak_rps: float  # the most expected until then
     start_up_s: float  # of a replica
 
     @property

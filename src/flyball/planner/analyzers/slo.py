@@ -18,9 +18,9 @@ class SloModel:
     """
 
     period_s: float = 15.0
-    deviations: float = 0.75  # of the forecast's error, added to what is expected
-    down_deviations: float = 0.5
-    hysteresis: float = 0.05
+    deviations: float = 0.65  # of the forecast's error, added to what is expected
+    down_deviations: float = 0.3
+    hysteresis: float = 0.1
     clear_s: float = 120.0  # in which a backlog shall be worked off
     move_gain: float = 0.15  # another accelerator must be cheaper by this share to be moved to
 
@@ -33,7 +33,8 @@ class SloModel:
         option = self._option(seen)
         backlog = self.backlog_rps(seen, option)
         up_rps = max(seen.level_rps, seen.ahead.upper(self.deviations)) + backlog
-        down_rps = max(seen.level_rps, seen.ahead.upper(self.down_deviations)) * (1.0 + self.hysteresis) + backlog
+        lasting_rps = max(seen.level_rps, seen.peak_rps + self.down_deviations * seen.ahead.sd_rps)
+        down_rps = lasting_rps * (1.0 + self.hysteresis) + backlog
         least, most = option.replicas(up_rps), option.replicas(down_rps)
         current = seen.current.get(option.name, 0)
         count = least if least > current else min(most, current)
