@@ -11,6 +11,8 @@ from flyball.core.fleet import FleetSpec, ServerSpec
 from flyball.planner.plan import plan
 from flyball.planner.problem import build
 from flyball.planner.solvers import solver
+from flyball.planner.solvers.heterogeneous import _Columns
+from flyball.planner.solvers.program import Budget
 
 OPTIMA = [  # set, queue, share of the capacity, optimum
     ("small", 0, 1.0, 22343.5),
@@ -82,3 +84,24 @@ def test_without_time_nothing_is_mixed_and_nothing_proven(sample: Callable[..., 
     assert found.bound is None
     assert sum(c is not None for c in found.chosen) > 20
     assert not any(c.also for c in found.chosen if c)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_listed_mixes_and_counted_replicas_agree(
+    fleet: Callable[..., FleetSpec], server: Callable[..., ServerSpec], short: bool
+) -> None:
+    """Choosing among listed mixes costs what counting replicas does, with room for all and without."""
+    load = server().demand
+    servers = [
+        server(f"s{i}", service_class=("gold", "iron")[i % 2], min_replicas=i % 3, max_replicas=40 - i,
+               demand=replace(load, arrival_rps=7.0 + 3 * i)) for i in range(6)
+    ]  # fmt: skip
+    problem = build(fleet(*servers, capacity={"S": 3, "F": 4} if short else {"S": 20, "F": 30}))
+    columns = _Columns.of([c for c in problem.choices if c.candidates])
+    listed = columns.by_mixes(problem.capacity, Budget(20.0))
+    counted = columns.by_counts(problem.capacity, Budget(20.0))
+    assert listed is not None
+    assert listed.cost == pytest.approx(counted.cost, rel=2e-4)
+    served = listed.amounts[len(columns.candidates) :]
+    assert served.sum() == counted.amounts[len(columns.candidates) :].sum()
+    assert (served.sum() < len(servers)) == short

@@ -14,7 +14,7 @@ so on; then the least value. Where the time limit leaves no solution, that of `a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -22,7 +22,7 @@ from scipy.sparse import csr_array
 from flyball.numerics.markov import Floats, Ints
 from flyball.planner.problem import Candidate, Choice, Problem
 from flyball.planner.solvers import Solution, approximate, left_after, no_room
-from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum, OutOfTime
+from flyball.planner.solvers.program import Budget, IntegerProgram, OutOfTime
 
 _GAP = 1e-6  # relative, at which an optimum counts as proven
 
@@ -52,7 +52,7 @@ def _solve(problem: Problem, time_limit_s: float) -> Solution:
     if choices:
         columns = _columns(choices)
         program = _program(columns, problem.capacity, Budget(time_limit_s))
-        optimum = program.minimise(columns.value) or _by_priority(columns, program)
+        optimum = program.one_each(columns.value, columns.server, columns.priority)
         taken = {choices[columns.server[j]].server.name: columns.candidates[j] for j in np.flatnonzero(optimum.amounts)}
         bound = optimum.bound
     left = left_after(problem, taken.values())
@@ -90,18 +90,3 @@ def _program(columns: _Columns, capacity: Mapping[str, float], budget: Budget) -
         gap=_GAP,
         sift=True,
     )
-
-
-def _by_priority(columns: _Columns, program: IntegerProgram) -> Optimum:
-    """Serve the most of each priority in turn, then at the least value."""
-    low = program.low.copy()
-    low[: len(columns.priority)] = 0.0
-    program = replace(program, low=low)
-    for level in np.unique(columns.priority):
-        members = (columns.priority[columns.server] == level).astype(np.float64)
-        most = program.minimise(-members)
-        assert most is not None  # serving nobody is always possible
-        program = program.with_row(members, round(-most.cost))
-    optimum = program.minimise(columns.value)
-    assert optimum is not None  # what served so many still does
-    return optimum

@@ -11,22 +11,27 @@ u_sat   what one replica takes of limit t (cards of a type or a quota, cost of t
 min Σ v_sa n_sa, with Σ_a r_sa n_sa >= d_s y_s and M_s >= Σ_a n_sa >= m_s y_s for every s, Σ_sa u_sat n_sa <= cap_t
 for every t, and y = 1. If that cannot be, priorities are kept lexicographically, as `exact` keeps them. A server's
 load is split in proportion to r, so every replica keeps the targets.
+
+Where a server's mixes of replicas can be listed, one of them is chosen for each server instead (`mixes`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
 from flyball.numerics.markov import Floats, Ints
 from flyball.planner.problem import MOVE_PENALTY, Candidate, Choice, Problem, with_replicas
 from flyball.planner.solvers import Solution, approximate, left_after, no_room
+from flyball.planner.solvers.mixes import mixes
 from flyball.planner.solvers.program import Budget, IntegerProgram, Optimum, OutOfTime
 
 _GAP = 1e-4  # relative, at which an optimum counts as proven
+_MOST_MIXES, _MEAN_MIXES = 5000, 100  # of one server, and of all on average, to be listed
 _SLACK = 1e-9  # relative, of a demand: a rate that is a ratio of it must meet it after rounding
 
 
@@ -53,30 +58,78 @@ class _Columns:
             np.array([_value(choices[s], c) for s, c in zip(server.tolist(), candidates, strict=True)]),
         )
 
-    def program(self, capacity: Mapping[str, float], budget: Budget) -> IntegerProgram:
-        """Columns n, then y; rows: for each server a demand, its fewest and its most replicas; then one a limit."""
-        servers, columns = len(self.choices), len(self.candidates)
+    def by_mixes(self, capacity: Mapping[str, float], budget: Budget) -> Optimum | None:
+        """Choose one mix of replicas for each server; None where there are too many to list."""
+        first = np.concatenate(([0], np.cumsum([len(choice.candidates) for choice in self.choices])))
+        entries: list[tuple[int, int, int]] = []  # mix, candidate, replicas
+        server: list[int] = []
+        for s, choice in enumerate(self.choices):
+            rates = self.rate[first[s] : first[s + 1]].tolist()
+            most = choice.server.max_replicas or math.inf
+            ways = mixes(rates, _demand(choice), max(choice.server.min_replicas, 1), most, limit=_MOST_MIXES)
+            if ways is None or len(server) > _MOST_MIXES + _MEAN_MIXES * len(self.choices):
+                return None
+            for way in ways:
+                entries.extend((len(server), int(first[s]) + a, n) for a, n in enumerate(way) if n)
+                server.append(s)
+        mix, candidate, replicas = np.array(entries).T
+        counts = csr_array((replicas.astype(np.float64), (mix, candidate)), shape=(len(server), len(self.candidates)))
+        each, limits = self._uses(capacity)
+        of = np.array(server)
+        incidence = csr_array((np.ones(len(of)), (of, np.arange(len(of)))), shape=(len(self.choices), len(of)))
+        everybody = np.ones(len(self.choices))
+        program = IntegerProgram(
+            rows=vstack((incidence, (counts @ each).T), format="csr"),
+            low=np.concatenate((everybody, np.full(len(limits), -np.inf))),
+            high=np.concatenate((everybody, limits)),
+            least=np.zeros(len(of)),
+            most=np.ones(len(of)),
+            budget=budget,
+            gap=_GAP,
+            sift=True,
+        )
+        priority = np.array([choice.priority for choice in self.choices])
+        best = program.one_each(counts @ self.value, of, priority)
+        return best._replace(amounts=np.concatenate((counts.T @ best.amounts, incidence @ best.amounts)))
+
+    def by_counts(self, capacity: Mapping[str, float], budget: Budget) -> Optimum:
+        """Count replicas of each candidate."""
+        program = self.program(capacity, budget)
+        cost = np.concatenate((self.value, np.zeros(len(self.choices))))
+        return program.minimise(cost) or _by_priority(self, program, cost)
+
+    def _uses(self, capacity: Mapping[str, float]) -> tuple[csr_array, Floats]:
+        """What a replica of each candidate takes of each limit, and the limits."""
         uses = [
             (j, name, amount / c.allocation.replicas) for j, c in enumerate(self.candidates) for name, amount in c.uses
         ]
-        limited = sorted({name for _, name, _ in uses})
-        row_of = {name: 3 * servers + row for row, name in enumerate(limited)}
+        column = {name: t for t, name in enumerate(sorted({name for _, name, _ in uses}))}
+        each = csr_array(
+            ([amount for _, _, amount in uses], ([j for j, _, _ in uses], [column[name] for _, name, _ in uses])),
+            shape=(len(self.candidates), len(column)),
+        )
+        return each, np.array([float(capacity.get(name, 0)) for name in column])
+
+    def program(self, capacity: Mapping[str, float], budget: Budget) -> IntegerProgram:
+        """Columns n, then y; rows: for each server a demand, its fewest and its most replicas; then one a limit."""
+        servers, columns = len(self.choices), len(self.candidates)
+        each, limits = self._uses(capacity)
+        using, limit = each.nonzero()
         n, y = np.arange(columns), columns + np.arange(servers)
         demand = np.array([_demand(choice) * (1 - _SLACK) for choice in self.choices])
         least = np.array([max(choice.server.min_replicas, 1) for choice in self.choices], dtype=np.float64)
         most = np.array([choice.server.max_replicas or np.inf for choice in self.choices])
-        each = np.array([amount for _, _, amount in uses])
-        entries = np.concatenate((self.rate, -demand, np.ones(columns), -least, np.ones(columns), each))
+        entries = np.concatenate((self.rate, -demand, np.ones(columns), -least, np.ones(columns), each[using, limit]))
         at = np.concatenate((
             self.server, np.arange(servers), servers + self.server, servers + np.arange(servers),
-            2 * servers + self.server, np.array([row_of[name] for _, name, _ in uses], dtype=np.int64),
+            2 * servers + self.server, 3 * servers + limit,
         ))  # fmt: skip
-        across = np.concatenate((n, y, n, y, n, np.array([j for j, _, _ in uses], dtype=np.int64)))
-        rows = csr_array((entries, (at, across)), shape=(3 * servers + len(limited), columns + servers))
+        across = np.concatenate((n, y, n, y, n, using))
+        rows = csr_array((entries, (at, across)), shape=(3 * servers + len(limits), columns + servers))
         return IntegerProgram(
             rows=rows,
-            low=np.concatenate((np.zeros(2 * servers), np.full(servers + len(limited), -np.inf))),
-            high=np.concatenate((np.full(2 * servers, np.inf), most, [capacity.get(name, 0) for name in limited])),
+            low=np.concatenate((np.zeros(2 * servers), np.full(servers + len(limits), -np.inf))),
+            high=np.concatenate((np.full(2 * servers, np.inf), most, limits)),
             least=np.concatenate((np.zeros(columns), np.ones(servers))),
             most=np.concatenate((
                 [float(max(c.allocation.replicas, self.choices[s].server.min_replicas))
@@ -115,9 +168,8 @@ def _solve(problem: Problem, time_limit_s: float) -> Solution:
     columns = _Columns.of([c for c in able if c.server.name not in idle])
     taken, bound = dict(idle), 0.0
     if columns.choices:
-        program = columns.program(problem.capacity, Budget(time_limit_s))
-        cost = np.concatenate((columns.value, np.zeros(len(columns.choices))))
-        optimum = program.minimise(cost) or _by_priority(columns, program, cost)
+        budget = Budget(time_limit_s)
+        optimum = columns.by_mixes(problem.capacity, budget) or columns.by_counts(problem.capacity, budget)
         taken |= _taken(columns, optimum)
         bound = optimum.bound
     left = left_after(problem, taken.values())

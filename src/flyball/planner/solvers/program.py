@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 
-from flyball.numerics.markov import Floats
+from flyball.numerics.markov import Floats, Ints
 
 _SIFTED_FROM = 2000  # columns; smaller programs are solved as they are
 _CORE = 2  # columns a row that the core has at first
@@ -82,6 +82,26 @@ class IntegerProgram:
         whole = np.rint(found.amounts) + 0.0  # no -0
         amounts = whole if self.divisible is None else np.where(self.divisible, found.amounts, whole)
         return Optimum(amounts, found.cost, found.bound)
+
+    def one_each(self, cost: Floats, server: Ints, priority: Ints) -> Optimum:
+        """The least cost of one column for each server, whose rows come first.
+
+        Where not everybody can be served: the most of each priority in turn, then the least cost.
+        """
+        optimum = self.minimise(cost)
+        if optimum is not None:
+            return optimum
+        low = self.low.copy()
+        low[: len(priority)] = 0.0
+        program = replace(self, low=low)
+        for level in np.unique(priority):
+            members = (priority[server] == level).astype(np.float64)
+            most = program.minimise(-members)
+            assert most is not None  # serving nobody is always possible
+            program = program.with_row(members, round(-most.cost))
+        optimum = program.minimise(cost)
+        assert optimum is not None  # what served so many still does
+        return optimum
 
     def _sifted(self, cost: Floats) -> _Run | None:
         relaxed = self._run(cost, integral=False)
