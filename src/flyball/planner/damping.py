@@ -33,12 +33,12 @@ class Damping:
 
     @classmethod
     def following(cls, start_up_s: float) -> Damping:
-        """Rules that fit how long a replica takes to start: for half of that, what is there is kept.
+        """Rules that fit how long a replica takes to start: for a third of that, what is there is kept.
 
-        To keep a replica for longer costs more than to start another if it is needed again; the half was the cheapest
+        To keep a replica for longer costs more than to start another if it is needed again; the third was the cheapest
         of those tried on the loads of benchmarks/fleet_control.py.
         """
-        keep_s = min(max(start_up_s / 2, 30.0), 300.0)
+        keep_s = min(max(start_up_s / 3, 30.0), 300.0)
         return cls(down_window_s=keep_s, down_cooldown_s=15.0, min_stable_s=keep_s)
 
 
