@@ -1,4 +1,4 @@
-"""kopf's side of the operator: one daemon a Fleet, which reconciles from the whole state, turn after turn.
+"""The operator as kopf runs it: one daemon a Fleet, which reconciles from the whole state, turn after turn.
 
 Nothing is kept that a restart could lose: what was asked for last is read from the scale targets, and an unknown
 history counts as a move just made, so nothing is taken away at once. Status is written by server-side apply; conditions

@@ -1,4 +1,4 @@
-"""llm-d's Workload-Variant-Autoscaler: saturation by spare capacity (V1), and by KV tokens wanted and held (V2).
+"""The Workload-Variant-Autoscaler of llm-d: saturation by spare capacity (V1), and by KV tokens wanted and held (V2).
 
 Constants and rules as published with it (wva/internal/saturationv1, wva/internal/engines/analyzers/saturation_v2).
 """

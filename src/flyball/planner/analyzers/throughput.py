@@ -1,4 +1,4 @@
-"""llm-d's throughput analyzer: tokens wanted per second against what replicas give at a KV use of .85.
+"""The throughput analyzer of llm-d: tokens wanted per second against what replicas give at a KV use of .85.
 
 The gap between tokens is taken for a line of the KV use k, ITL(k) = A k + B, fitted by least squares to at least 10
 sights of .15 <= k <= .85 that spread by .30; until then B is 6 ms and A is taken from the last sight.
