@@ -1,4 +1,4 @@
-"""The control loop of llm-inferno: the mean SLO by the queue model, for the throughput seen, once a minute, undamped."""
+"""The control loop of llm-inferno: the mean SLO by queue model, for the throughput seen, once a minute, undamped."""
 
 from __future__ import annotations
 
