@@ -43,6 +43,7 @@ from flyball.core.fleet import Accelerator, FleetSpec, LatencyProfile, ServerSpe
 from flyball.core.slo import Slo
 from flyball.performance.request_streams import Rates, plain, poisson_process
 from flyball.performance.simulator import Law, Requests
+from flyball.planner.analyzers import analyzer
 from flyball.planner.loop import FleetLoop, LoopSettings, controller
 
 DATA = Path(__file__).parent / "data"
@@ -177,41 +178,45 @@ def run(cell: Cell) -> Outcome:
     return Outcome(report.attainment, report.gpu_hours, report.actions, changes, cpu_s)
 
 
-def version() -> str:
-    """Of the code that outcomes depend on."""
+@functools.cache
+def version(policy: str) -> str:
+    """Of the code that a policy's outcomes depend on: the simulator, and but for fixed counts the loop and its rule."""
     root = Path(sys.modules["flyball"].__file__ or "").parent
-    names = (
-        *(
-            f"planner/{n}.py"
-            for n in ("analyzers/*", "assign", "caps", "cycle", "damping", "demand", "forecast", "loop")
-        ),
-        "planner/options.py",
-        "performance/simulator*",
-        "adapters/simulated.py",
-    )
+    names = ["performance/simulator*", "adapters/simulated.py"]
+    if not policy.startswith(FIXED):
+        parts = ("assign", "caps", "cycle", "damping", "demand", "forecast", "loop", "options", "analyzers/__init__")
+        rule = type(analyzer("slo" if policy == OURS else policy)).__module__.rpartition(".")[2]
+        names += [*(f"planner/{part}.py" for part in parts), f"planner/analyzers/{rule}.py"]
     files = [f for name in names for f in sorted(root.glob(name))]
-    return hashlib.blake2b(b"".join(f.read_bytes() for f in files if f.is_file()), digest_size=6).hexdigest()
+    return hashlib.blake2b(b"".join(f.read_bytes() for f in files), digest_size=6).hexdigest()
 
 
 class Cells:
-    """Outcomes by cell, kept in a file as soon as they are known."""
+    """Outcomes by cell, kept in a file as soon as they are known; those of other versions of the code do not count."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[Cell, Outcome] = {}
         if path.exists():
             for line in path.read_text().splitlines():
-                cell, outcome = json.loads(line)
-                self.known[Cell(*cell)] = Outcome(*outcome)
+                cell, outcome, made_by = json.loads(line)
+                if made_by == version(cell[2]):
+                    self.known[Cell(*cell)] = Outcome(*outcome)
+
+    def keep(self, cell: Cell, outcome: Outcome) -> None:
+        """In memory and in the file."""
+        self.known[cell] = outcome
+        with self.path.open("a") as file:
+            file.write(json.dumps([cell, outcome, version(cell.policy)]) + "\n")
 
     def run(self, wanted: list[Cell], jobs: int) -> None:
         """Run those that are not known."""
         todo = [cell for cell in wanted if cell not in self.known]
+        if not todo:
+            return
         with ProcessPoolExecutor(jobs) as pool:
             for done, (cell, outcome) in enumerate(zip(todo, pool.map(run, todo), strict=True), 1):
-                self.known[cell] = outcome
-                with self.path.open("a") as file:
-                    file.write(json.dumps([cell, outcome]) + "\n")
+                self.keep(cell, outcome)
                 print(f"\r{done} of {len(todo)} cells, last {cell}        ", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
 
@@ -248,7 +253,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
     arguments.cells.mkdir(parents=True, exist_ok=True)
-    path = arguments.cells / f"{version()}.jsonl"
+    path = arguments.cells / "cells.jsonl"
     if arguments.fresh:
         path.unlink(missing_ok=True)
     cells, seeds = Cells(path), range(arguments.seeds)
