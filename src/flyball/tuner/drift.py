@@ -16,7 +16,7 @@ from typing import NamedTuple
 SLACK = 0.75
 THRESHOLD = 4.0
 LIMIT = 3.0  # one window alone is not enough
-FLOOR = 0.12  # least standard deviation of a logarithm: Poisson counts of a window vary by that much
+FLOOR = 0.12  # least standard deviation of a logarithm; of the mean of n requests, n^-1/2
 _MEMORY = 12  # windows
 
 
@@ -36,8 +36,8 @@ class Shift(NamedTuple):
     features: tuple[Feature, ...] = ()
 
 
-def observe(state: Shift, values: Sequence[float]) -> tuple[Shift, bool]:
-    """One window's features (all at least 0), in the same order each time.
+def observe(state: Shift, values: Sequence[float], requests: float = math.inf) -> tuple[Shift, bool]:
+    """One window's features (all at least 0), in the same order each time; means of so many requests vary by chance.
 
     >>> state = Shift()
     >>> for rate in (10.0, 11.0, 9.5, 10.4, 10.1):
@@ -51,7 +51,7 @@ def observe(state: Shift, values: Sequence[float]) -> tuple[Shift, bool]:
     count = min(state.windows + 1, _MEMORY)
     features, shifted = [], False
     for feature, x in zip(state.features, logs, strict=True):
-        deviation = max(math.sqrt(feature.var), FLOOR)
+        deviation = max(math.sqrt(feature.var), FLOOR, 1.0 / math.sqrt(max(requests, 1.0)))
         z = max(-LIMIT - SLACK, min(LIMIT + SLACK, (x - feature.mean) / deviation))
         up, down = max(0.0, feature.up + z - SLACK), max(0.0, feature.down - z - SLACK)
         shifted |= max(up, down) > THRESHOLD

@@ -134,7 +134,7 @@ class Holder:
         return None
 
     def _watch_load(self, reading: Reading) -> bool:
-        self._shift, shifted = observe_load(self._shift, reading.context)
+        self._shift, shifted = observe_load(self._shift, reading.context, reading.finished + reading.failed)
         if not self.tuner.context:
             self.tuner.enter(reading.context)
         if shifted:

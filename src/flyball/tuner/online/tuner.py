@@ -104,6 +104,7 @@ class OnlineTuner:
         self._cube = Cube(space, periodic)
         self._rng = np.random.default_rng([seed, 1])
         self.choice: Choice = choose(proposer, self._cube, variants=len(self._catalogue), context=context)
+        self._regime = 0
         self._proposer = self._new(start)
         self._memory: ContextMemory[Proposer] = ContextMemory()
         self.context: Context = ()
@@ -112,7 +113,6 @@ class OnlineTuner:
         self._pending: dict[int, tuple[Trial, Vector, int]] = {}
         self._late: deque[int] = deque(maxlen=_PENDING)
         self._history: deque[Finished] = deque(maxlen=keep)
-        self._regime = 0
 
     @classmethod
     def from_config(cls, config: str | Mapping[str, Any], **options: Any) -> OnlineTuner:  # noqa: ANN401  # as __init__
@@ -278,7 +278,8 @@ class OnlineTuner:
 
     def _new(self, start: Configuration | None) -> Proposer:
         at = None if start is None else self._cube.point(start)
-        return make(self.choice, self._cube, seed=self._seed, constraints=len(self.constraints), start=at,
+        return make(
+            self.choice, self._cube, seed=self._seed + self._regime, constraints=len(self.constraints), start=at,
                     catalogue=self._catalogue)  # fmt: skip
 
     # -- what is known ------------------------------------------------------------------------------------------------
