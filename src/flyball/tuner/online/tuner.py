@@ -280,7 +280,8 @@ class OnlineTuner:
         at = None if start is None else self._cube.point(start)
         return make(
             self.choice, self._cube, seed=self._seed + self._regime, constraints=len(self.constraints), start=at,
-                    catalogue=self._catalogue)  # fmt: skip
+            catalogue=self._catalogue,
+        )  # fmt: skip
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
