@@ -1,5 +1,6 @@
-"""llm-inferno's REST services in one application, with their bodies and units (milliseconds; requests per second, or
-per minute in SystemData) and keys in any case.
+"""The REST services of llm-inferno in one application, with their bodies and units, and keys in any case.
+
+Units are theirs: milliseconds, requests per second, and per minute in SystemData.
 
 queue-analysis  /solve, /target, /optimize
 optimizer       /optimizeOne, and the state-full set (`flyball.compat.inferno_state`) with its own /optimize
