@@ -14,7 +14,7 @@ from helpers.toy_fleet import ToyFleet, fleet_spec
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     cards=st.tuples(st.integers(1, 6), st.integers(0, 4)),
@@ -41,7 +41,7 @@ def test_cards_and_budget_are_never_exceeded(
     loop: FleetLoop = controller(name, spec, LoopSettings(budget_per_h=budget, retention_s=60.0))
     period_s = max(loop.period_s, 15.0)
     memory = loop.start()
-    for _ in range(80):
+    for _ in range(60):
         fleet.advance(period_s)
         fleet.blind = rng.random() < 0.05
         fleet.refusing = rng.random() < 0.1
