@@ -25,16 +25,20 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "flyball"
 
 
-def load_library(source: Path, *, flags: Sequence[str], processor: str = "") -> ctypes.CDLL:
+def load_library(
+    source: Path, *, flags: Sequence[str], includes: Sequence[Path] = (), processor: str = ""
+) -> ctypes.CDLL:
     """The shared library of a C++ file, built first if need be; raises NativeUnavailable with the reason.
 
-    `processor` tells machines apart whose libraries differ, where the flags say `-march=native`.
+    `includes` are the files of ours that it takes in; `processor` tells machines apart whose libraries differ, where
+    the flags say `-march=native`.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NativeUnavailable("no C++ compiler was found; install g++")
     command = [compiler, "-std=c++17", "-shared", "-fPIC", *flags]
-    key = hashlib.blake2b("\0".join([source.read_text("utf-8"), *command, processor]).encode(), digest_size=8)
+    texts = [path.read_text("utf-8") for path in (source, *includes)]
+    key = hashlib.blake2b("\0".join([*texts, *command, processor]).encode(), digest_size=8)
     library = cache_folder() / f"{source.stem}-{key.hexdigest()}.so"
     if not library.exists():
         _build(command, source, library)

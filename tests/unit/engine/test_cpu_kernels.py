@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from flyball.core import native
 from flyball.core.errors import InvalidInput
 from flyball.engine.config import EngineConfig
 from flyball.engine.core import EngineCore
@@ -153,10 +154,10 @@ def test_a_failed_build_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, t
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main( {")
     monkeypatch.setattr(build, "SOURCE", broken)
-    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path / "cache")
     build.load_kernels.cache_clear()
     try:
-        with pytest.raises(build.KernelsUnavailable, match=r"could not build the kernels: .*error"):
+        with pytest.raises(build.KernelsUnavailable, match=r"could not build broken.cpp: .*error"):
             build.load_kernels()
     finally:
         build.load_kernels.cache_clear()

@@ -1,32 +1,22 @@
-"""Build the kernels with the machine's own compiler, once, and keep them by source, flags and processor."""
+"""The engine's kernels for processors, built with the machine's own compiler when first used."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from flyball.core.errors import FlyballError
+from flyball.core.native import NativeUnavailable, load_library
 
 SOURCE = Path(__file__).with_name("quantized.cpp")  # which takes in the others
 HEADERS = (SOURCE.with_name("kernels.cpp"), SOURCE.with_name("team.hpp"))
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-pthread")
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
-BUILD_TIMEOUT_S = 300
 
 
 class KernelsUnavailable(FlyballError):
     """The compiled kernels cannot be used here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Where built kernels are kept: the user's cache."""
-    return Path.home() / ".cache" / "flyball"
 
 
 def processor_flags() -> str:
@@ -45,31 +35,10 @@ def load_kernels() -> ctypes.CDLL:
     missing = [name for name in NEEDED if name not in flags.split()]
     if missing:
         raise KernelsUnavailable(f"the processor lacks {', '.join(missing)}")
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise KernelsUnavailable("no C++ compiler was found; install g++")
-    texts = [path.read_text() for path in (SOURCE, *HEADERS)]
-    key = hashlib.blake2b("\0".join([*texts, compiler, *FLAGS, flags]).encode(), digest_size=8).hexdigest()
-    library = cache_folder() / f"kernels-{key}.so"
-    if not library.exists():
-        _build(compiler, library)
-    return _declared(ctypes.CDLL(str(library)))
-
-
-def _build(compiler: str, library: Path) -> None:
-    """Compile beside the target and rename, so that a killed or a parallel build leaves no half a library."""
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
-            if done.returncode != 0:
-                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-                raise KernelsUnavailable(f"{Path(compiler).name} could not build the kernels: {first}")
-            os.replace(made, library)  # noqa: PTH105  # atomic within one folder
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"the kernels could not be built: {error}") from error
+        return _declared(load_library(SOURCE, flags=FLAGS, includes=HEADERS, processor=flags))
+    except NativeUnavailable as error:
+        raise KernelsUnavailable(str(error)) from error
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
