@@ -114,7 +114,7 @@ class IntegerProgram:
         slack = _ROUNDING * max(abs(relaxed.cost), 1.0)
         if found is not None:
             others = rising[rising > width].min(initial=np.inf)
-            if found.cost <= relaxed.cost + others + slack:  # no column left out could help
+            if found.cost <= relaxed.cost + others + max(slack, self.gap * abs(found.cost)):  # others could hardly help
                 return found._replace(bound=min(found.bound, relaxed.cost + others))
             width = found.cost - relaxed.cost + slack
         return self._core(rising <= (np.inf if found is None else width))._run(cost, start=found)
