@@ -329,7 +329,8 @@ class EngineCore:
         kept = {g.request: g.first + len(g.tokens) - 1 for g in verified}
         sampled = [part.request for part in plan.parts if part.samples]
         rows = [(r, kept.get(r, i)) for i, r in enumerate(sampled) if r.finish_reason is None]
-        hidden = self.runner.states() if runtime.spec_method == "medusa" else None
+        gated = 0 < runtime.spec_max_batch < len(rows)  # then nobody will ask
+        hidden = self.runner.states() if runtime.spec_method == "medusa" and not gated else None
         states = hidden[[row for _, row in rows]] if hidden is not None else None
         self.speculator.after([r for r, _ in rows], states, runtime)
 
