@@ -89,14 +89,19 @@ class _World:
         self._fill(anatomy, row)
 
     def _fill(self, anatomy: Anatomy, row: int) -> None:
-        """Begin with as many as the chain has in service, each somewhere in its answer, so that little must settle."""
-        head, _ = anatomy.service.distribution(np.full(len(anatomy.decodes), self.rate_rps))
+        """Begin with as many as the chain has, in an answer or in the queue, so that little must settle."""
+        head, log_r = anatomy.service.distribution(np.full(len(anatomy.decodes), self.rate_rps))
         found = self.rng.choice(np.arange(self.n + 1), self.batch.size, p=_with_rest(head[row, : self.n]))
         cv = self.cv[1]
         whole = 1.0 if cv == 0 else self.rng.gamma(cv**-2 + 1, cv**2, self.target.shape)  # long ones are met oftener
         rest = self.decodes * whole * self.rng.random(self.target.shape)
         self.target = np.where(np.arange(self.n) < found[:, None], rest, np.inf)
         self.batch = found.astype(np.int64)
+        exponent = float(log_r[row]) * np.arange(self.q + 1.0)
+        places = np.exp(exponent - exponent.max())
+        waiting = self.rng.choice(np.arange(self.q + 1), self.batch.size, p=places / places.sum())
+        self.waiting = np.where(found == self.n, waiting, 0).astype(np.int64)
+        self.queue[:] = -1.0
         self.came[:] = -1.0
 
     def going(self) -> bool:
