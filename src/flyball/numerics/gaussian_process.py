@@ -8,7 +8,7 @@ l [d]       length scales; r²(x, x') = Σ_j |x_j - x'_j|² / l_j²
 k(x, x')    s² M(r) + Σ_q w_q² f_q f'_q + 1, with M(r) = (1 + √5 r + 5/3 r²) exp(-√5 r), Matérn 5/2; the 1 is the
             unknown mean; the measured y has noise of variance v on top
 
-The hyperparameters (log l, log s², log v, log w²) maximise the marginal likelihood times a normal prior on each
+The logarithms (log l, log s², log v, log w²) maximise the marginal likelihood times a normal prior on each
 (Rasmussen and Williams, 2006, chapter 5), by L-BFGS with analytic gradients. The prior of log l grows with log √d, so
 that functions of many inputs are not taken for noise (Hvarfner, Hellsten and Nardi, 2024).
 """
@@ -31,7 +31,7 @@ JITTER = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Priors:
-    """Normal priors of the logarithms of the hyperparameters: (mean, standard deviation)."""
+    """Normal priors of the logarithms of l, s², v and w²: (mean, standard deviation)."""
 
     length: tuple[float, float] = (math.log(0.5), 0.8)  # of an input's length scale, times √d
     signal: tuple[float, float] = (0.0, 1.0)  # of s², in variances of y
@@ -85,7 +85,7 @@ class GaussianProcess:
 def fit(
     X: Array, y: Array, groups: NDArray[np.int64], F: Array | None = None, priors: Priors | None = None
 ) -> GaussianProcess:
-    """The process with the hyperparameters of highest posterior density; at least one point is needed."""
+    """The process with l, s², v and w² of highest posterior density; at least one point is needed."""
     priors = priors or Priors()
     F = np.zeros((len(X), 0)) if F is None else F
     shift, scale = float(y.mean()), float(y.std()) or 1.0
