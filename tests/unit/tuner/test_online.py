@@ -119,6 +119,8 @@ def test_the_choice_tells_its_reason() -> None:
     assert OnlineTuner(SQUARE).choice.proposer == "local"
     assert OnlineTuner(switches).choice.proposer == "tpe"
     assert OnlineTuner(few).choice.proposer == "bandit"
+    one = Space((Knob(name="n", kind="int", default=3, low=3, high=3),))
+    assert OnlineTuner(one).ask().values == {"n": 3}
     told = OnlineTuner(SQUARE, catalogue=[{"x": 1.0, "y": 1.0}, {"x": 2.0, "y": 2.0}]).choice.describe()
     assert told["proposer"] == "bandit"
     assert "2 approved variants" in told["reason"]

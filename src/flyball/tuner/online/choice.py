@@ -73,7 +73,7 @@ def choose(asked_for: str, cube: Cube, *, variants: int, context: int) -> Choice
         name, reason = asked_for, f"asked for: {PROPOSERS[asked_for]}"
     elif variants:
         name, reason = "bandit", f"only {variants} approved variants may be tried"
-    elif cube.count <= SMALL:
+    elif 2 <= cube.count <= SMALL:
         name, reason = "bandit", f"there are only {cube.count:g} configurations: each can be measured"
     elif 2 * unordered > cube.size:
         name, reason = "tpe", f"{unordered} of {cube.size} knobs are switches or choices, which have no slope"
