@@ -115,7 +115,7 @@ class Holder:
             action = self.guard.observe(Judgement(gain=gain, violation=violation))
             if score.violation > 0:
                 self.counts["violations"] += 1
-            self._learn(score, reading)
+            self._learn(score)
             if action == "rollback":
                 self._drop_trial()
                 self._changed()
@@ -131,6 +131,8 @@ class Holder:
             return f"measured under {reading.generation}, in force is {self._in_force}"
         if reading.start_s < self._settled_s:
             return f"within the settle time of {self.settle_s:g} s after a change"
+        if not (reading.finished > 0 or reading.failed > 0):
+            return "no request ended, which says nothing about the configuration"
         return None
 
     def _watch_load(self, reading: Reading) -> bool:
@@ -145,10 +147,8 @@ class Holder:
             self.guard.rebase("the traffic has changed" + (", to a pattern that is known" if known else ""))
         return shifted
 
-    def _learn(self, score: Score, reading: Reading) -> None:
+    def _learn(self, score: Score) -> None:
         """Tell the tuner what the values in force are worth, once enough windows have been seen."""
-        if not reading.finished > 0 and not reading.failed > 0:
-            return  # nobody asked for anything: that says nothing about the configuration
         self._scores.append(score)
         if len(self._scores) < self._windows:
             return

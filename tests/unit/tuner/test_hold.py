@@ -57,7 +57,8 @@ def test_windows_that_belong_to_no_configuration_are_ignored() -> None:
     holder, _ = held(service)
     holder.settle_s = 5.0
     reading = service.read()
-    for unusable in (replace(reading, generation=""), replace(reading, generation="99")):
+    idle = replace(reading, finished=0.0)
+    for unusable in (replace(reading, generation=""), replace(reading, generation="99"), idle):
         assert holder.step(unusable).action == "ignore"
     assert holder.tuner.told == 0
     first = [holder.step(service.read()) for _ in range(2)][-1]
