@@ -117,4 +117,5 @@ def fewest(
         decode_count=np.maximum(counts[1], 1), transfer_s=transfer_s,
     )  # fmt: skip
     hidden = {f.name: np.where(feasible, getattr(seen, f.name), np.nan) for f in dataclasses.fields(seen)}
-    return TandemSize(*(np.where(feasible, count, 0) for count in counts), Tandem(**hidden))
+    prefill_count, decode_count = (np.where(feasible, count, 0) for count in counts)
+    return TandemSize(prefill_count, decode_count, Tandem(**hidden))

@@ -106,7 +106,7 @@ class FeatureLaw:
         y = np.log(latencies_s)
         level = float(y.mean())
         covariance = _covariance(parts, own, own) + np.eye(len(y)) * noise**2
-        precision = np.linalg.inv(covariance)
+        precision: Floats = np.asarray(np.linalg.inv(covariance), dtype=np.float64)
         return cls(tuple(parts), noise, center, level, own, precision, precision @ (y - level))
 
     def predict(self, table: Table) -> Prediction:
