@@ -12,12 +12,8 @@ from flyball.adapters.bench_files import BenchResult
 from flyball.core.errors import InvalidInput
 from flyball.core.fleet import LatencyProfile
 from flyball.numerics.markov import Floats
-from flyball.performance.fit import Fit, OperatingPoint, fit, relative_errors
+from flyball.performance.fit import OPEN_QUEUE, Fit, OperatingPoint, fit, flaw, relative_errors
 from flyball.performance.queueing import DEFAULT_STEP_TOKENS, queue_model
-
-OPEN_QUEUE = 1000  # places in the queue of an engine that turns nobody away; more would change no mean worth fitting
-FAILURES_ALLOWED = 0.05  # of a window's requests
-LAG_ALLOWED = 0.2  # of a window's TTFT, by which its load generator may have been late on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,19 +83,14 @@ def operating_point(window: BenchResult, origin: str) -> OperatingPoint:
 
 
 def unusable(window: BenchResult, point: OperatingPoint) -> str | None:
-    """Why a window says nothing about the law; None if it does.
-
-    A saturated queue has no mean: what was measured depends on how long one looked. By Little's law it is saturated
-    when as many requests are in the server as its batch holds.
-    """
-    failed = window.requests - window.completed
-    if failed > FAILURES_ALLOWED * window.requests:
-        return f"{failed} of {window.requests} requests failed"
-    if window.lag_s.mean > LAG_ALLOWED * point.ttft_s:
-        return f"the load generator itself was {window.lag_s.mean * 1e3:.0f} ms late on average"
-    if window.mean_concurrency >= point.max_batch:
-        return f"saturated, {window.mean_concurrency:.1f} requests in a server whose batch holds {point.max_batch}"
-    return None
+    """Why a window says nothing about the law; None if it does."""
+    return flaw(
+        point,
+        requests=window.requests,
+        failed=window.requests - window.completed,
+        lag_s=window.lag_s.mean,
+        concurrency=window.mean_concurrency,
+    )
 
 
 def check_alike(windows: Mapping[str, BenchResult]) -> None:

@@ -32,6 +32,9 @@ _SOFT = 0.1  # relative error from which a residual counts less than its square
 _LEAST_NOISE = 0.005
 _OPEN = 2.5  # standard deviation of the log of a parameter of which nothing is known
 _REACH = np.log(1e6)  # how far a parameter may go from its start
+OPEN_QUEUE = 1000  # places in the queue of an engine that turns nobody away; more would change no mean worth fitting
+FAILURES_ALLOWED = 0.05  # of a window's requests
+LAG_ALLOWED = 0.2  # of a window's TTFT, by which its load generator may have been late on average
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,21 @@ class Fit:
     def loss(self) -> float:
         """Mean over points of the squared relative errors of TTFT and ITL together."""
         return float(np.mean(np.square(self.ttft_errors) + np.square(self.itl_errors)))
+
+
+def flaw(point: OperatingPoint, *, requests: int, failed: int, lag_s: float, concurrency: float) -> str | None:
+    """Why a measured window says nothing about the law; None if it does.
+
+    A saturated queue has no mean: what was measured depends on how long one looked. By Little's law it is saturated
+    when as many requests are in the server (`concurrency`) as its batch holds.
+    """
+    if failed > FAILURES_ALLOWED * requests:
+        return f"{failed} of {requests} requests failed"
+    if lag_s > LAG_ALLOWED * point.ttft_s:
+        return f"the load generator itself was {lag_s * 1e3:.0f} ms late on average"
+    if concurrency >= point.max_batch:
+        return f"saturated, {concurrency:.1f} requests in a server whose batch holds {point.max_batch}"
+    return None
 
 
 def predict(points: Sequence[OperatingPoint], model: QueueModel, parameters: Floats) -> Metrics:
