@@ -197,7 +197,7 @@ def test_places_in_the_batch_are_the_servers_of_an_m_m_c_queue() -> None:
     """With steps that cost the same however many share them, c places and geometric lengths wait as Erlang C says."""
     places, load, mean = 4, 0.8, 100.0
     law = Law(alpha_s=0.001, beta_s=0, gamma_s=0, max_batch=places, max_step_tokens=places)
-    count = 200_000
+    count = 400_000
     outputs = np.random.default_rng(6).geometric(1 / mean, count)
     rate = places * load / 0.1
     batches = queue_wait(law, rate, outputs, 1, seed=7, count=count)
