@@ -8,12 +8,13 @@ from pathlib import Path
 import typer
 
 from flyball.adapters.bench_files import BenchResult
-from flyball.adapters.bench_points import FAILURES_ALLOWED, operating_point
+from flyball.adapters.bench_points import operating_point
 from flyball.adapters.calibration_files import read_calibrations, write_calibrations
 from flyball.adapters.fleet_files import read_fleet
 from flyball.adapters.profile_files import read_profiles, write_profiles
 from flyball.core.errors import InvalidInput
 from flyball.numerics.kalman import Belief
+from flyball.performance.fit import FAILURES_ALLOWED
 from flyball.planner.calibrate import UNKNOWN, CycleReport, begin, observe, prior_from
 
 
