@@ -37,8 +37,9 @@ LOADS = (0.25, 0.6)
 HOLDOUT = 0.4
 LEAST_RPS = 1.5  # a window needs some requests to have a mean
 WRITTEN = (  # nothing else in the folder is touched
-    "idle.json", "before.json", "after.json", "holdout.json", "study.db", "tune.html", "tune.json", "profile.json",
-    "fleet.yaml", "plan.json", *(f"fit-{mix}-{load:g}.json" for mix in range(len(MIXES)) for load in LOADS),
+    "idle.json", "before.json", "after.json", "holdout.json", "study.db", "tune.html", "tune.json", "tune-profile.json",
+    "profile.json", "fleet.yaml", "plan.json",
+    *(f"fit-{mix}-{load:g}.json" for mix in range(len(MIXES)) for load in LOADS),
 )  # fmt: skip
 
 

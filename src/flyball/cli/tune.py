@@ -93,6 +93,9 @@ def run(
     report: Annotated[Path, typer.Option(help="HTML report; a JSON file is written beside it.")] = Path(
         "flyball-report.html"
     ),
+    accelerator: Annotated[
+        str, typer.Option(help="Name of the accelerator in the latency profile, as in the fleet spec.")
+    ] = "local",
     trace: opt.Trace = "azure-conv",
     rate: opt.Rate = None,
     arrivals: opt.Arrivals = "poisson",
@@ -202,10 +205,11 @@ def run(
             problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
             storage=study, name=name, resume=resume, apply=apply, console=console, restore=engine == "flyball",
             others=others, patience=patience, alone="://" not in study,
+            accelerator=accelerator,
         )  # fmt: skip
         if found.verdict.recommended is not None and engine != "flyball":
             found = replace(found, launch=target.command(found.verdict.recommended))
-        tune_session.show(found)
+        tune_session.show(found, report)
         tune_session.write(found, report, target.url)
         if doubts := [doubt for load in loads for doubt in load.doubts]:
             console.print(

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flyball.adapters.profile_files import write_profiles
 from flyball.core.clock import SystemClock
 from flyball.core.errors import FlyballError
 from flyball.core.knobs import Configuration, Value
@@ -23,6 +24,7 @@ from flyball.tuner import study as studies
 from flyball.tuner.compare import Comparison, compare, describe_gain, verdict
 from flyball.tuner.measure import Rig
 from flyball.tuner.patience import Patience
+from flyball.tuner.profile import export
 from flyball.tuner.proposers import Strategy
 from flyball.tuner.report import Report, as_json, html
 from flyball.tuner.report_trials import as_csv
@@ -46,12 +48,14 @@ def tune(
     others: Sequence[Rig] = (),
     patience: Patience | None = None,
     alone: bool = True,
+    accelerator: str = "local",
 ) -> Report:
     """Search, compare and judge; progress goes to the console.
 
     Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison. In
     the end, however it comes, the configuration found at the start is put back, or the recommended one with `apply`;
-    not with `restore` false, for an engine that ends with the study. `others` measure trials at the same time.
+    not with `restore` false, for an engine that ends with the study. `others` measure trials at the same time. The
+    latency profile of what is recommended, else of the default, is named after the `accelerator`.
     """
     url = studies.storage_url(storage)
     now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
@@ -72,6 +76,9 @@ def tune(
     return Report(
         study=name, problem=problem, strategy=strategy, trials=tuple(found), comparison=comparison, verdict=judged,
         stopped=stopped, written=f"{now:%Y-%m-%d %H:%M}",
+        profile=export(
+            problem, found, comparison, judged.recommended or problem.lattice.default, accelerator=accelerator
+        ),
     )  # fmt: skip
 
 
@@ -213,8 +220,8 @@ def _value(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def show(report: Report) -> None:
-    """Print default against best, and the verdict."""
+def show(report: Report, path: Path) -> None:
+    """Print default against best, the verdict, and how far the latency profile beside the report can be trusted."""
     console = Console(highlight=False)
     top = report.best
     default = report.problem.lattice.default
@@ -228,6 +235,9 @@ def show(report: Report) -> None:
             _compared_rows(table, report.comparison)
         console.print(table)
     console.print(f"[bold]{escape(report.verdict.sentence)}[/]", soft_wrap=True)
+    if (found := report.profile) is not None:
+        where = f"; {profile_path(path)} is for flyball plan --profile" if found.profile is not None else ""
+        console.print(f"{found.sentence}{where}", soft_wrap=True, markup=False)
 
 
 def _compared_rows(table: Table, c: Comparison) -> None:
@@ -246,8 +256,21 @@ def _margin(margin: float) -> str:
 
 
 def write(report: Report, path: Path, url: str) -> None:
-    """Write the HTML page, and JSON and CSV files beside it."""
+    """Write the HTML page, and beside it JSON and CSV files, and the latency profile if there is one."""
     path.write_text(html(report, url), encoding="utf-8")
     body = json.dumps(as_json(report, url), indent=1, allow_nan=False)
     path.with_suffix(".json").write_text(body + "\n", encoding="utf-8")
     path.with_suffix(".csv").write_text(as_csv(report.trials, report.problem), encoding="utf-8")
+    beside = profile_path(path)
+    beside.unlink(missing_ok=True)  # an earlier study's is not this one's
+    if report.profile is not None and report.profile.profile is not None:
+        write_profiles(beside, [report.profile.profile])
+
+
+def profile_path(report: Path) -> Path:
+    """Where the latency profile lies.
+
+    >>> profile_path(Path("flyball-report.html")).name
+    'flyball-report-profile.json'
+    """
+    return report.with_name(f"{report.stem}-profile.json")

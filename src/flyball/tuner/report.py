@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
@@ -15,6 +15,7 @@ from flyball.tuner import charts
 from flyball.tuner.compare import Comparison, Verdict, describe_gain
 from flyball.tuner.intervals import CONFIDENCE, Interval, t_interval
 from flyball.tuner.objective import Score
+from flyball.tuner.profile import Exported
 from flyball.tuner.proposers import Strategy
 from flyball.tuner.report_trials import (
     coordinates_section,
@@ -44,6 +45,7 @@ class Report:
     stopped: str  # why no further trial was made
     written: str  # when, for people
     launch: str = ""  # what starts the engine with the recommended configuration, where that takes a start
+    profile: Exported | None = None  # the latency law of the recommended configuration, else of the default
 
     @property
     def best(self) -> Trial | None:
@@ -89,6 +91,7 @@ def as_json(report: Report, url: str) -> dict[str, Any]:
         "pareto": [t.number for t in pareto(report.trials, report.problem.objectives)],
         "apply": apply_command(verdict.recommended, url) if verdict.recommended is not None else None,
         "comparison": _comparison_json(report.comparison) if report.comparison else None,
+        "profile": _profile_json(report.profile) if report.profile else None,
         "trials": [
             {"number": t.number, "kind": t.kind, "values": dict(t.values), "metrics": dict(t.metrics)}
             | _score(t.score)
@@ -104,6 +107,14 @@ def _score(score: Score) -> dict[str, Any]:
     return {
         "value": score.value, "feasible": score.feasible, "margins": dict(score.margins), "failure": score.failure,
     }  # fmt: skip
+
+
+def _profile_json(found: Exported) -> dict[str, Any]:
+    return {
+        "sentence": found.sentence,
+        "identified": found.identified,
+        "law": asdict(found.profile) if found.profile else None,
+    }
 
 
 def _comparison_json(c: Comparison) -> dict[str, Any]:
@@ -352,6 +363,7 @@ def _setting(report: Report) -> str:
         ["fixed knobs", ", ".join(f"{k}={_show(v)}" for k, v in problem.lattice.fixed.items()) or "none"],
         ["sampler", f"{report.strategy.sampler}, after the default and {report.strategy.starts} spread points; "
                     f"seed {report.strategy.seed}"],
+        *([["for flyball plan", report.profile.sentence]] if report.profile else []),
     ]  # fmt: skip
     return f"<section><h2>What was asked</h2>{_table(None, rows)}</section>"
 

@@ -407,7 +407,23 @@ def summary(window: MetricsWindow) -> dict[str, float]:
     for metric in get_args(Latency):
         seen = window.summary(metric)
         figures |= {f"p50_{metric}": seen.p50, f"p95_{metric}": seen.p95, f"p99_{metric}": seen.p99}
+        figures[f"mean_{metric}"] = seen.mean
+    figures |= _load(window)
     return {name: float(value) for name, value in figures.items() if math.isfinite(value)}
+
+
+def _load(window: MetricsWindow) -> dict[str, float]:
+    """What the latency law (`tuner.profile`) is fitted to besides mean latencies; concurrency by Little's law."""
+    done, sent = window.completed, [trace.scheduled_s for trace in window.traces]
+    span_s = max(sent, default=0.0) - min(sent, default=0.0)
+    busy_s = math.fsum(t.token_times_s[-1] - t.sent_s for t in window.traces if t.token_times_s)
+    return {
+        "arrival_rps": (len(sent) - 1) / span_s if span_s else math.nan,
+        "mean_input_tokens": math.fsum(t.input_tokens for t in done) / max(len(done), 1),
+        "mean_output_tokens": math.fsum(t.output_tokens for t in done) / max(len(done), 1),
+        "mean_concurrency": busy_s / window.duration_s,
+        "mean_lag_s": math.fsum(t.lag_s for t in window.traces) / max(len(window.traces), 1),
+    }
 
 
 def storage_url(path_or_url: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flyball.adapters.profile_files import read_profiles
 from flyball.cli import main
 from flyball.tuner.study import latest, storage_url
 from helpers.tunable_server import SPACE, TunableServer, running
@@ -49,7 +50,8 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 def test_a_tune_searches_compares_reports_and_restores(server: TunableServer, shell: Shell, tmp_path: Path) -> None:
     """Default first, best and verdict printed, page and JSON written, the configuration found at the start put back."""
     server.values["max_num_seqs"] = 48
-    code, out, err = shell("--url", server.url, *LOAD, *TASK, "--trials", "6", "--repeats", "2")
+    code, out, err = shell("--url", server.url, *LOAD, *TASK, "--trials", "6", "--repeats", "2",
+                           "--accelerator", "bench-box")  # fmt: skip
     assert code == 0
     assert server.applied[0] == SPACE.defaults()
     assert server.values == SPACE.defaults() | {"max_num_seqs": 48}
@@ -61,6 +63,10 @@ def test_a_tune_searches_compares_reports_and_restores(server: TunableServer, sh
     assert body["verdict"] in out.replace("\n", " ")
     assert body["recommended"]["max_num_seqs"] <= 32
     assert (tmp_path / "flyball-report.html").read_text().startswith("<!doctype html>")
+    (profile,) = read_profiles(tmp_path / "flyball-report-profile.json")
+    assert profile.accelerator == "bench-box"
+    assert profile.max_batch == body["recommended"]["max_num_seqs"] == body["profile"]["law"]["max_batch"]
+    assert f"{body['profile']['sentence']}; flyball-report-profile.json is for flyball plan --profile" in out
 
 
 @pytest.mark.slow
