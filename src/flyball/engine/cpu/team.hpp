@@ -98,9 +98,14 @@ class Team {
         (*shared)(walk);
     }
 
-    // Wait until no helper is inside a program any more; needed before what programs point to is freed.
+    // Take the last program away, from helpers too that woke up for it but have not looked yet, and wait until none is
+    // inside; needed before what programs point to is freed.
     void drain() {
         const std::lock_guard<std::mutex> alone(callers_);
+        {
+            const std::lock_guard<std::mutex> writing(program_lock_);
+            program_ = nullptr;
+        }
         while (inside_.load(std::memory_order_acquire) > 0) sched_yield();
     }
 
@@ -124,7 +129,7 @@ class Team {
                 seen = job_.load(std::memory_order_acquire);
             }
             // `next_` tells whether the program that was read belongs to a job still going on; every chunk asks again.
-            if (slot < threads) {
+            if (program && slot < threads) {
                 Walk walk(*this, seen, slot);
                 (*program)(walk);
             }
