@@ -55,7 +55,7 @@ def _server(name: str, f: Fields) -> ServerView:
 def _replica(f: Fields) -> ReplicaView:
     f.only(
         "name", "accelerator", "phase", "age_s", "reported", "running", "waiting", "kv_used", "kv_capacity_tokens",
-        "completed", "itl_s", "ttft_s",
+        "arrivals", "completed", "itl_s", "ttft_s",
     )  # fmt: skip
     return ReplicaView(
         name=f.text("name", None),
@@ -67,6 +67,7 @@ def _replica(f: Fields) -> ReplicaView:
         waiting=f.number("waiting"),
         kv_used=f.number("kv_used"),
         kv_capacity_tokens=f.whole("kv_capacity_tokens"),
+        arrivals=f.whole("arrivals"),
         completed=f.whole("completed"),
         itl_s=f.number("itl_s", math.nan),
         ttft_s=f.number("ttft_s", math.nan),

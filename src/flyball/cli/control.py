@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flyball.adapters.fleet_export import FleetMetrics
     from flyball.core.fleet import FleetSpec
     from flyball.planner.cycle import Turn
-    from flyball.planner.loop import FleetLoop
+    from flyball.planner.loop import FleetLoop, LoopMemory
 
 
 def run(
@@ -45,6 +45,10 @@ def run(
     rehearse: Annotated[
         bool, typer.Option(help="Try each change in the simulator, on the recent load, before it is decided.")
     ] = True,
+    calibrate: Annotated[bool, typer.Option(help="Correct the spec's latency profiles by what replicas show.")] = True,
+    calibrations: Annotated[
+        Path | None, typer.Option(help="File in which what is learnt of latencies is kept over restarts.")
+    ] = None,
     turns: Annotated[int, typer.Option(help="Decisions to take from Prometheus; 0: until interrupted.", min=0)] = 0,
     metrics_port: Annotated[
         int | None, typer.Option(help="Serve the decisions as metrics (wva_* and flyball_*) on this port.", min=0)
@@ -66,28 +70,61 @@ def run(
     loop = controller_named(controller, fleet, settings)
     if rehearse:
         loop = RehearsedLoop(fleet, loop.settings)
+    if calibrate:
+        loop = _calibrated(loop, calibrations)
+    elif calibrations is not None:
+        raise InvalidInput(
+            "--calibrations was given with --no-calibrate, where nothing is learnt; leave one of them out"
+        )
     if states is not None:
-        told = _from_states(loop, states)
+        told = _from_states(loop, states, calibrations)
     else:
         require("cluster", "httpx", "prometheus_client")
         assert prometheus is not None
-        told = _from_prometheus(loop, fleet, prometheus, engine, label, turns, _metrics(metrics_port))
+        told = _from_prometheus(loop, fleet, prometheus, engine, label, turns, _metrics(metrics_port), calibrations)
     for one in told:
         typer.echo(json.dumps(_as_json(one)) if output == "json" else _as_text(one))
 
 
-def _from_states(loop: FleetLoop, path: Path) -> Iterator[Turn]:
+def _calibrated(loop: FleetLoop, file: Path | None) -> FleetLoop:
+    """The loop, learning from where an earlier run left off."""
+    from flyball.adapters.calibration_files import read_calibrations
+    from flyball.cli import require
+    from flyball.planner.calibrated_loop import CalibratedLoop
+
+    require("plan", "scipy")
+    kind, settings = type(loop), loop.settings
+    return CalibratedLoop(lambda spec: kind(spec, settings), loop.spec, read_calibrations(file) if file else ())
+
+
+def _keep(memory: LoopMemory, file: Path | None) -> None:
+    if file is not None:
+        from flyball.adapters.calibration_files import write_calibrations
+        from flyball.planner.calibrated_loop import calibrations
+
+        write_calibrations(file, calibrations(memory))
+
+
+def _from_states(loop: FleetLoop, path: Path, kept: Path | None) -> Iterator[Turn]:
     from flyball.adapters.state_files import read_states
     from flyball.planner.cycle import Turn
 
     memory = loop.start()
     for state in read_states(path):
         decision, memory = loop.decide(state, memory)
+        _keep(memory, kept)
         yield Turn(state=state, decision=decision)
 
 
 def _from_prometheus(
-    loop: FleetLoop, fleet: FleetSpec, url: str, engine: str, label: str, turns: int, metrics: FleetMetrics | None
+    loop: FleetLoop,
+    fleet: FleetSpec,
+    url: str,
+    engine: str,
+    label: str,
+    turns: int,
+    metrics: FleetMetrics | None,
+    kept: Path | None,
 ) -> Iterator[Turn]:
     from threading import Event
 
@@ -105,6 +142,7 @@ def _from_prometheus(
         source = PrometheusSource(client, queries)
         while True:
             told, memory = turn(source, loop, None, memory)
+            _keep(memory, kept)
             if metrics is not None:
                 metrics.record(told)
             yield told

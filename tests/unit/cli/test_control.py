@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from flyball.adapters.calibration_files import read_calibrations
 from flyball.adapters.fleet_export import FleetMetrics
 from flyball.cli import _register, app
 from flyball.planner.cycle import turn
@@ -83,3 +85,27 @@ def test_decisions_are_exported_under_the_names_that_hpa_and_keda_objects_read()
     assert desired.value == fleet.count("chat") >= 3
     names = ("current_replicas", "desired_ratio", "replica_scaling", "saturation_utilization", "spare_capacity")
     assert {f"wva_{name}" for name in names} <= set(families)
+
+
+@pytest.mark.slow
+def test_what_is_learnt_of_latencies_is_kept_in_a_file(tmp_path: Path) -> None:
+    """With --calibrations the windows of one run are known to the next; --no-calibrate learns nothing."""
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    replica = {"name": "r0", "accelerator": "H100", "running": 40, "arrivals": 240, "completed": 240}
+    lines = []
+    for k in range(1, 4):
+        shown = replica | {"ttft_s": 0.05 + 0.001 * k, "itl_s": 0.011 + 0.0002 * k}
+        server = {"arrivals": 240, "completed": 240, "input_tokens": 1000, "output_tokens": 200, "replicas": [shown]}
+        lines.append(json.dumps({"now_s": 60 * k, "window_s": 60, "servers": {"chat": server}}))
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    given = (tmp_path / "spec.yaml", "--states", tmp_path / "s.jsonl", "--calibrations", tmp_path / "c.json")
+    for cycles in (2, 4):
+        code, text = run(*given)
+        assert code == 0, text
+        assert read_calibrations(tmp_path / "c.json")[0].cycle == cycles
+    assert "latency profile on H100" in text
+    code, text = run(*given, "--no-calibrate")
+    assert code != 0
+    assert "leave one of them out" in text
+    code, text = run(*given[:3], "--no-calibrate")
+    assert "latency profile" not in text
