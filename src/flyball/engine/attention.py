@@ -125,12 +125,13 @@ class VarlenStep:
         from torch.nn.attention.varlen import varlen_attn  # CUDA only: it loads slowly and not everywhere
 
         keys, values = (t.view(-1, cache.block_size, *t.shape[1:]) for t in (cache.keys[layer], cache.values[layer]))
-        seen: Tensor = varlen_attn(
+        seen = varlen_attn(
             query, keys, values, self.cu_seq_q, None, self.max_q, self.max_k, scale=scaling,
             window_size=(-1 if window is None else window - 1, 0), enable_gqa=keys.shape[2] != query.shape[1],
             seqused_k=self.lengths, block_table=self.blocks,
             num_splits=1,  # a request's bits must not depend on its company
         )  # fmt: skip
+        assert isinstance(seen, Tensor)  # a pair only where the sums of exponentials are asked for
         return seen
 
 
@@ -260,12 +261,12 @@ def trial(cache: PagedTensors, heads: int) -> str | None:
         for window in (None, 3):
             for tensor in (cache.keys[0], cache.values[0]):
                 tensor[: 3 * size] = random(3 * size, kv_heads, dim)
-            inputs = (random(1, heads, count + 1, dim), *(random(1, kv_heads, count + 1, dim) for _ in range(2)))
-            seen = [
-                paged_attention(layer, *inputs, None, sliding_window=window, paged=batch)[0]
+            query, key, value = (random(1, n, count + 1, dim) for n in (heads, kv_heads, kv_heads))
+            expected, seen = (
+                paged_attention(layer, query, key, value, None, sliding_window=window, paged=batch)[0]
                 for batch in (gathered, StepBatch(cache, slots, [], [], alone=False, varlen=step))
-            ]
-            if not torch.allclose(*seen, atol=0.02, rtol=0.02):
+            )
+            if not torch.allclose(seen, expected, atol=0.02, rtol=0.02):
                 return "its result differs from what gathering gives"
     except (RuntimeError, TypeError, ImportError) as error:
         return str(error).splitlines()[0][:120]

@@ -155,8 +155,10 @@ def check_law(small: tuple[Path, Path], samples: int) -> None:
     """Samples with speculation on against the exact law; then, with the wrong law, the same test must fail."""
     params = {"temperature": 0.9, "top_p": 0.9}
     core = EngineCore(
-        EngineConfig(model=small[0], draft_model=small[1], spec_method="draft", threads=1, block_size=4, max_num_seqs=64,
-                     max_model_len=16),
+        EngineConfig(
+            model=small[0], draft_model=small[1], spec_method="draft", threads=1, block_size=4, max_num_seqs=64,
+            max_model_len=16,
+        ),
         seed=1,
     )  # fmt: skip
     core.update_runtime({"spec_max_batch": 0})
