@@ -21,6 +21,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from flyball.core.errors import EngineFailed, InvalidInput, InvalidKnob, VersionConflict
@@ -134,14 +135,15 @@ def _database(storage: str) -> optuna.storages.RDBStorage:
     except (ImportError, ArgumentError) as error:
         raise InvalidInput(
             f"the study's address {storage!r} cannot be used: {error}; give a file, or a URL such as "
-            "postgresql+psycopg2://user@host/name with its driver installed"
+            "postgresql://user@host/name with its driver (pip install 'flyball[postgres]')"
         ) from None
 
 
 def _unwritable(storage: str, error: Exception) -> str:
     cause = error.__cause__ or error  # Optuna wraps what the database says
     why = str(cause.orig if isinstance(cause, DBAPIError) else cause).strip().partition("\n")[0]
-    return f"the study {storage} cannot be read or written: {why}; see to its disk or server, then go on with --resume"
+    shown = make_url(storage).render_as_string(hide_password=True)
+    return f"the study {shown} cannot be read or written: {why}; see to its disk or server, then go on with --resume"
 
 
 def remember_found(study: optuna.Study, values: Configuration | None) -> None:
@@ -427,9 +429,12 @@ def _load(window: MetricsWindow) -> dict[str, float]:
 
 
 def storage_url(path_or_url: str) -> str:
-    """A database URL as it stands, or the URL of an SQLite file.
+    """A database URL as it stands, or the URL of an SQLite file; PostgreSQL is spoken to by the driver of our extra.
 
-    >>> storage_url("study.db")
-    'sqlite:///study.db'
+    >>> storage_url("study.db"), storage_url("postgresql://me@host/studies")
+    ('sqlite:///study.db', 'postgresql+psycopg://me@host/studies')
     """
-    return path_or_url if "://" in path_or_url else f"sqlite:///{path_or_url}"
+    if "://" not in path_or_url:
+        return f"sqlite:///{path_or_url}"
+    scheme, _, rest = path_or_url.partition("://")
+    return f"postgresql+psycopg://{rest}" if scheme in ("postgresql", "postgres") else path_or_url
