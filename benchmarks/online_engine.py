@@ -38,6 +38,7 @@ from flyball.core.knobs import Space, Value
 from flyball.core.metrics import MetricsWindow, RequestTrace, percentile
 from flyball.core.slo import Slo, SloBound
 from flyball.core.workload import Workload
+from flyball.tuner.enough import Enough
 from flyball.tuner.guard import Guard
 from flyball.tuner.guard_limits import Limits
 from flyball.tuner.hold import Holder
@@ -102,7 +103,8 @@ class Bench:
                             relations=[lambda v: v["max_num_seqs"] <= v["max_num_batched_tokens"]])  # fmt: skip
         objective = Objective.parse("attainment")
         holder = Holder(tuner=tuner, guard=guard, judge=lambda r: judge(r, objective, bounds), clock=self.clock,
-                        generation=windows.generation, settle_s=SETTLE_S)  # fmt: skip
+                        generation=windows.generation, settle_s=SETTLE_S,
+                        enough=Enough(explore_every=0))  # fmt: skip
         over, moves = threading.Event(), []
         begun_s = self.clock.now_s()
 

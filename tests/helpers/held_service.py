@@ -36,9 +36,10 @@ class HeldService:
     version: int = 1
     clock: VirtualClock = field(default_factory=VirtualClock)
     fails: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        self._rng = random.Random(0)
+        self._rng = random.Random(self.seed)
 
     def apply(self, changes: Configuration) -> None:
         """Set some knobs."""

@@ -53,6 +53,15 @@ def run(  # noqa: PLR0915  # it wires what others made, once
     window: Annotated[float, typer.Option(help="Seconds of a window.", min=0.1)] = 10.0,
     windows: Annotated[int, typer.Option(help="Windows that judge one configuration.", min=1)] = 1,
     settle: Annotated[float, typer.Option(help="Seconds after a change that are not judged.", min=0.0)] = 2.0,
+    room: Annotated[float, typer.Option(help="Share of its limit that each promise must have to spare at rest.")] = 0.1,
+    explore_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows from one small trial to the next at rest; 0: none, 1: never rest. Default: 25, "
+            "or 0 for attainment.",
+            min=0,
+        ),
+    ] = None,
     approve: Annotated[bool, typer.Option("--approve", help="Wait for a person before each change.")] = False,
     audit: Annotated[Path, typer.Option(help="Every decision, one JSON object a line.")] = Path("flyball-hold.jsonl"),
     duration: Annotated[float | None, typer.Option(help="End after so many seconds; default: when told.")] = None,
@@ -83,6 +92,7 @@ def run(  # noqa: PLR0915  # it wires what others made, once
     from flyball.server.hold import Approvals, create_app
     from flyball.server.process import is_loopback, listen, url_of
     from flyball.tuner.constraints import Constraint
+    from flyball.tuner.enough import Enough
     from flyball.tuner.guard import Guard
     from flyball.tuner.guard_limits import from_config
     from flyball.tuner.guard_limits import preset as named_preset
@@ -97,6 +107,9 @@ def run(  # noqa: PLR0915  # it wires what others made, once
         raise InvalidInput(f"listening on {host} lets others in; give --admin-key, or stay on 127.0.0.1")
     objective = Objective.parse(maximize)
     bounds = tuple(SloBound.parse(text) for text in slo or ())
+    if explore_every is None:
+        explore_every = 0 if objective.metric == "attainment" else Enough().explore_every
+    enough = Enough(room=room, explore_every=explore_every)
     clock = SystemClock()
     with ExitStack() as stack:
         stack.enter_context(ended_by_signals())
@@ -127,7 +140,7 @@ def run(  # noqa: PLR0915  # it wires what others made, once
         approvals = Approvals() if approve else None
         holder = Holder(
             tuner=tuner, guard=gate, judge=score, generation=server.generation, clock=clock, mode=mode,  # type: ignore[arg-type]  # checked at birth
-            settle_s=settle, windows=windows, approve=approvals,
+            settle_s=settle, windows=windows, approve=approvals, enough=enough,
         )  # fmt: skip
         stack.enter_context(_served(create_app(holder, admin_key=admin_key, approvals=approvals), listener))
         typer.echo(f"flyball: holding {url} ({', '.join(start)}), API on {url_of(listener)}, audit {audit}")

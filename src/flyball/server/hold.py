@@ -27,7 +27,7 @@ RULES = (
     "updates_per_second", "cumulative_change", "thrash", "cooldown", "safe_mode", "stopped", "stale_generation",
     "audit", "engine",
 )  # fmt: skip
-ACTIONS = ("apply", "wait", "ignore", "refuse", "rollback", "shadow", "ask", "hold")
+ACTIONS = ("apply", "wait", "ignore", "refuse", "rollback", "shadow", "ask", "hold", "rest")
 EVENTS = (
     "start", "proposal", "window", "command", "apply", "apply_failed", "refusal", "rollback", "promote", "safe_enter",
     "safe_exit", "ignored", "decision",

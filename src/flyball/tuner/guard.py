@@ -216,11 +216,14 @@ class Guard:
         """Whether something else than the last known good is in force."""
         return self.values != self.good
 
-    def reachable(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """The values nearest to a wish that the bounds, the steps and the cumulative change allow now."""
+    def reachable(self, values: Mapping[str, Value], share: float = math.inf) -> dict[str, Value]:
+        """The values nearest to a wish that the bounds, the steps and the cumulative change allow now.
+
+        With a share, no knob moves more than that of its range (a whole number may by one).
+        """
         with self._lock:
             now_s = self._time()
-            return {name: self._nearest(self._gauges[name], v, now_s) for name, v in values.items()
+            return {name: self._nearest(self._gauges[name], v, now_s, share) for name, v in values.items()
                     if name in self._gauges}  # fmt: skip
 
     # -- inputs -------------------------------------------------------------------------------------------------------
@@ -468,7 +471,7 @@ class Guard:
             return gauge.direction != 0
         return change * gauge.direction < 0
 
-    def _nearest(self, gauge: _Gauge, wish: Value, now_s: float) -> Value:
+    def _nearest(self, gauge: _Gauge, wish: Value, now_s: float, most: float) -> Value:
         typed = gauge.typed(wish)
         if isinstance(typed, Refusal) or not gauge.ordered:
             return gauge.current if isinstance(typed, Refusal) or gauge.within(typed) else typed
@@ -476,7 +479,8 @@ class Guard:
         now, aim = float(gauge.current), min(max(float(typed), gauge.low), gauge.high)
         step = self._limits.steps.get(gauge.knob.name)
         room = max(self._limits.cumulative - gauge.moved, 0.0)
-        share = min(room, self._limits.max_step if step is None else step.size if step.kind == "fraction" else math.inf)
+        largest = self._limits.max_step if step is None else step.size if step.kind == "fraction" else math.inf
+        share = min(room, most, largest)
         low, high = self._around(gauge, now, share)
         if step is not None and step.kind != "fraction":
             reach = step.size * (abs(now) if step.kind == "relative" else 1.0)

@@ -3,6 +3,10 @@
 `Holder.step` takes one reading and returns what was decided, with its reason. Whatever it wants passes the guard; a
 wish that is farther than the guard allows is approached in steps, each measured. Windows that straddle a change, were
 measured under another generation or fall into the settle time are ignored.
+
+It explores while a promise is in danger or broken. Otherwise it rests, and a trial is one small step at a stated rate,
+taken back unless it is clearly better (`enough.Enough`). Traffic that has changed is answered with what was best under
+it before; where nothing is known, a small trial falls due.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from flyball.core.clock import Clock
@@ -19,6 +23,7 @@ from flyball.core.errors import FlyballError, InvalidInput
 from flyball.core.knobs import Configuration, Value
 from flyball.tuner.drift import Shift
 from flyball.tuner.drift import observe as observe_load
+from flyball.tuner.enough import Enough, Lately, LeftAlone
 from flyball.tuner.guard import Guard
 from flyball.tuner.guard_baseline import Judgement
 from flyball.tuner.hold_reading import Reading
@@ -27,9 +32,10 @@ from flyball.tuner.online.tuner import OnlineTuner, Trial
 
 Mode = Literal["shadow", "canary", "full"]
 Run = Literal["running", "paused", "stopped", "killed"]
-Action = Literal["apply", "wait", "ignore", "refuse", "rollback", "shadow", "ask", "hold"]
+Action = Literal["apply", "wait", "ignore", "refuse", "rollback", "shadow", "ask", "hold", "rest"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+_TRIES = 4  # asks for a trial that is not in force already
 _KEPT = 256  # decisions that can be explained without the audit
 
 
@@ -77,6 +83,7 @@ class Holder:
         settle_s: float = 2.0,
         windows: int = 1,
         approve: Callable[[Configuration, str], bool | None] | None = None,
+        enough: Enough = Enough(),  # noqa: B008  # frozen
     ) -> None:
         if mode not in MODES:
             raise InvalidInput(f"unknown mode {mode!r}; use {', '.join(MODES)}")
@@ -84,7 +91,12 @@ class Holder:
             raise InvalidInput(f"settle_s={settle_s}, windows={windows}: give at least 0 seconds and 1 window")
         self.tuner, self.guard, self.mode, self.settle_s = tuner, guard, mode, settle_s
         self._judge, self._generation, self._clock = judge, generation, clock
-        self._windows, self._approve = windows, approve
+        self._windows, self._approve, self.enough = windows, approve, enough
+        self._lately = Lately(enough)
+        self._left = LeftAlone(enough.leave)
+        self._recall: Configuration | None = None  # was best under this traffic before, and is on its way
+        self._rested = 0  # windows since the last trial
+        self._small: dict[str, Value] | None = None  # in force before the small trial that is being measured
         self._lock = threading.RLock()
         self.run: Run = "running"
         self.decisions: deque[Decision] = deque(maxlen=_KEPT)
@@ -112,12 +124,15 @@ class Holder:
             gain = score.value * (1.0 if self.tuner.direction == "maximize" else -1.0)
             violation = math.nan if score.failure else score.violation
             shifted = self._watch_load(reading)
+            before = self.guard.values
             action = self.guard.observe(Judgement(gain=gain, violation=violation))
             if score.violation > 0:
                 self.counts["violations"] += 1
             self._learn(score)
+            self._lately.see(score)
             if action == "rollback":
-                self._drop_trial()
+                self._left.leave(self.guard.values, before, self.counts["windows"])
+                self._over()
                 self._changed()
                 return self._decided("rollback", "worse than the last known good, which is in force again", score=score)
             if self.run != "running":
@@ -142,8 +157,13 @@ class Holder:
         if shifted:
             self.shifts += 1
             self._drop_trial()
+            self._lately.clear()
+            self._left.clear()
             known = self.tuner.enter(reading.context)
             self.recalled += known
+            best = self.tuner.best() if known else None
+            self._recall = None if best is None else best.values
+            self._rested = self.enough.explore_every
             self.guard.rebase("the traffic has changed" + (", to a pattern that is known" if known else ""))
         return shifted
 
@@ -152,49 +172,138 @@ class Holder:
         self._scores.append(score)
         if len(self._scores) < self._windows:
             return
-        mean, self._scores = _mean(self._scores), []
+        mean, self._scores = self._with_room(_mean(self._scores)), []
         if self._trial is not None and _same(self.guard.values, self._trial.values):
             self.tuner.tell(self._trial.id, mean)
             self._trial = None
         else:
             self.tuner.add({n: self.guard.values[n] for n in (k.name for k in self.tuner.space)}, mean, "on the way")
 
+    def _with_room(self, score: Score) -> Score:
+        """Promises as the tuner is to keep them: with room, unless we never rest."""
+        if self.enough.explore_every == 1:
+            return score
+        return replace(score, margins={n: m + self.enough.room for n, m in score.margins.items()})
+
     def _propose(self, score: Score, prefix: str) -> Decision:
         if self._scores:
             return self._decided("wait", f"{len(self._scores)} of {self._windows} windows seen", score=score)
-        if self._trial is None:
-            self._trial = self.tuner.ask()
-        trial = self._trial
-        why = prefix + trial.why
-        if self.mode == "shadow":
+        if self._small is not None:
+            return self._weigh(self._small, score)
+        danger, always = self._lately.danger(), self.enough.explore_every == 1
+        small = danger is None and not always
+        if self._recall is not None and (danger or self.enough.explore_every):
+            return self._answer(self._recall, prefix, score)
+        if small and (why := self._resting()):
             self._drop_trial()
-            self.guard.note({"shadow": dict(trial.values), "why": why})
-            return self._decided("shadow", why, wish=trial.values, score=score)
-        step = self.guard.reachable(trial.values)
-        if _same(self.guard.values, step):
-            if not _same(step, trial.values):
-                self._drop_trial()
-                return self._decided("wait", "the guard allows no move now", wish=trial.values, score=score)
-            return self._decided("hold", why, wish=trial.values, score=score)
-        if self._approve is not None:
-            answer = self._approve(step, why)
-            if answer is not True:
-                self.waiting_for = step if answer is None else None
-                self.counts["not_approved"] += answer is False
-                if answer is False:
-                    self._drop_trial()
-                return self._decided("ask", f"waits for approval: {why}" if answer is None else f"not approved: {why}",
-                                     wish=trial.values, score=score)  # fmt: skip
-        self.waiting_for = None
-        return self._apply(step, trial, why, score)
+            if self._lately.full and self.decisions[-1].action != "rest":
+                self.guard.note({"rest": why})
+            return self._decided("rest" if self._lately.full else "wait", why, score=score)
+        trial = self._trial = self._trial or self._ask(always=always)
+        cause = "" if always else f"{danger}: " if danger else "a small trial at rest: "
+        why = f"{prefix}{cause}{trial.why}"
+        if self.mode == "shadow":
+            return self._shadow(trial, why, score)
+        now = self.guard.values
+        step = self.guard.reachable(trial.values, self.enough.step if small else math.inf)
+        step = self._left.without(now, step, self.counts["windows"])
+        if _same(now, step):
+            if _same(now, trial.values):
+                self._rested = 0
+                return self._decided("hold", why, wish=trial.values, score=score)
+            self._over()
+            return self._decided("wait", "the guard allows no move now, or it did no good lately", wish=trial.values,
+                                 score=score)  # fmt: skip
+        if waits := self._waits_for_approval(step, trial, why, score):
+            return waits
+        return self._apply(step, trial, why, score, small=small)
 
-    def _apply(self, step: Mapping[str, Value], trial: Trial, why: str, score: Score) -> Decision:
+    def _ask(self, *, always: bool) -> Trial:
+        """The next trial; what is in force is measured anyway, so another is asked for, unless it stays at that."""
+        trial = self.tuner.ask()
+        for _ in range(0 if always else _TRIES):
+            if not _same(self.guard.values, trial.values):
+                break
+            self.tuner.give_up(trial.id)
+            trial = self.tuner.ask()
+        return trial
+
+    def _shadow(self, trial: Trial, why: str, score: Score) -> Decision:
+        """What would be tried, and is not."""
+        self._over()
+        self.guard.note({"shadow": dict(trial.values), "why": why})
+        return self._decided("shadow", why, wish=trial.values, score=score)
+
+    def _answer(self, known: Configuration, prefix: str, score: Score) -> Decision:
+        """Traffic that is known: what was best under it, in steps."""
+        self._drop_trial()
+        trial = Trial(0, known, f"{prefix}what was best under this traffic before")
+        step = self.guard.reachable(known)
+        if self.mode == "shadow":
+            return self._shadow(trial, trial.why, score)
+        if _same(self.guard.values, step):
+            self._recall = None
+            return self._decided("hold", trial.why, wish=known, score=score)
+        if waits := self._waits_for_approval(step, trial, trial.why, score):
+            return waits
+        return self._apply(step, trial, trial.why, score, small=False)
+
+    def _resting(self) -> str | None:
+        """Why nothing is tried now, though it could be; None if a small trial is due."""
+        self._rested += 1
+        due = self.enough.explore_every and self._rested >= self.enough.explore_every
+        if due and self._lately.full and not self.guard.trying:
+            return None
+        return f"{self._lately}" + ("" if self._lately.full else f" of {self.enough.windows}")
+
+    def _weigh(self, before: dict[str, Value], score: Score) -> Decision:
+        """A small trial is in force: stay with what is clearly better, else go back; room is not given for it."""
+        baseline = self.guard.baseline
+        danger = self._lately.danger()
+        if danger is None and not self._lately.full:
+            return self._decided("wait", f"a small trial is measured: {self._lately} of {self.enough.windows}",
+                                 score=score)  # fmt: skip
+        better = baseline.good.mean + 2.0 * baseline.good.deviation / math.sqrt(self.enough.windows)
+        if danger is None and baseline.trial.mean > better:
+            self._small = None
+            return self._decided("rest", "the small trial did better, and stays", score=score)
+        why = f"back from a small trial: {danger or 'it did no better'}"
+        tried, back = self.guard.values, self.guard.reachable(before)
+        verdict = self.guard.propose(back, why=why)
+        if verdict.refusal is not None:
+            return self._decided("refuse", f"{verdict.refusal.rule}: {verdict.refusal.reason}", wish=before,
+                                 proposal=verdict.proposal, score=score)  # fmt: skip
+        self._left.leave(back, tried, self.counts["windows"] + 2 * self.enough.explore_every)
+        self._small = None if _same(back, before) else before
+        self._changed()
+        return self._decided("apply", why, proposal=verdict.proposal, score=score)
+
+    def _waits_for_approval(self, step: Configuration, trial: Trial, why: str, score: Score) -> Decision | None:
+        """What a person has not approved yet, or not at all; None if the step may be made."""
+        answer = True if self._approve is None else self._approve(step, why)
+        self.waiting_for = step if answer is None else None
+        if answer is None:
+            return self._decided("ask", f"waits for approval: {why}", wish=trial.values, score=score)
+        if answer:
+            return None
+        self.counts["not_approved"] += 1
+        self._over()
+        return self._decided("ask", f"not approved: {why}", wish=trial.values, score=score)
+
+    def _apply(self, step: Configuration, trial: Trial, why: str, score: Score, *, small: bool) -> Decision:
         part = "" if _same(step, trial.values) else "; a step toward it, as far as the guard allows at once"
+        before = self.guard.values
         verdict = self.guard.propose(step, why=why + part)
         if verdict.refusal is not None:
-            self._drop_trial()
+            if verdict.refusal.knob is not None or verdict.refusal.rule == "engine":
+                self._left.leave(before, step, self.counts["windows"])
+            self._over()
             return self._decided("refuse", f"{verdict.refusal.rule}: {verdict.refusal.reason}", wish=trial.values,
                                  proposal=verdict.proposal, score=score)  # fmt: skip
+        if small:  # a single step, whatever the wish
+            self._drop_trial()
+            self._small = before
+        self._rested = 0
         self._changed()
         return self._decided("apply", why + part, wish=trial.values, proposal=verdict.proposal, score=score)
 
@@ -202,8 +311,15 @@ class Holder:
         self._in_force = self._generation()
         self._settled_s = self._clock.now_s() + self.settle_s
         self._scores = []
+        self._lately.clear()
+
+    def _over(self) -> None:
+        """Nothing more is tried toward this wish."""
+        self._drop_trial()
+        self._recall, self._rested = None, 0
 
     def _drop_trial(self) -> None:
+        self._small = None
         if self._trial is not None:
             self.tuner.give_up(self._trial.id)
             self._trial = None

@@ -12,24 +12,29 @@ from flyball.core.errors import EngineFailed, InvalidInput
 from flyball.core.knobs import Configuration
 from flyball.core.slo import SloBound
 from flyball.tuner.audit import MemoryAudit
+from flyball.tuner.enough import Enough, Lately, LeftAlone
 from flyball.tuner.guard import Guard
 from flyball.tuner.guard_limits import PRESETS
 from flyball.tuner.guard_replay import first_difference, replay
 from flyball.tuner.hold import Holder, Replicas
 from flyball.tuner.hold_reading import Histogram, Reading, judge
-from flyball.tuner.objective import Objective
+from flyball.tuner.objective import Objective, Score
 from flyball.tuner.online.tuner import OnlineTuner
 from helpers.held_service import ROUTED, HeldService
 
+RESTLESS = Enough(explore_every=1)
 
-def held(service: HeldService, preset: str = "aggressive", **options: Any) -> tuple[Holder, MemoryAudit]:
-    """A holder of a service, and its audit."""
+
+def held(
+    service: HeldService, preset: str = "aggressive", enough: Enough = RESTLESS, **options: Any
+) -> tuple[Holder, MemoryAudit]:
+    """A holder of a service, and its audit; it never rests unless told."""
     audit = MemoryAudit()
     tuner = OnlineTuner(ROUTED, direction="minimize", constraints=("quality", "latency"), start=dict(service.values))
     guard = Guard(ROUTED, dict(service.values), apply=service.apply, limits=PRESETS[preset], audit=audit,  # type: ignore[index]
                   clock=service.clock)  # fmt: skip
     return Holder(tuner=tuner, guard=guard, judge=service.judge, generation=service.generation, clock=service.clock,
-                  settle_s=0.0, **options), audit  # fmt: skip
+                  settle_s=0.0, enough=enough, **options), audit  # fmt: skip
 
 
 def test_router_weights_and_draft_length_are_held() -> None:
@@ -208,3 +213,78 @@ def test_a_reading_is_judged_by_its_promises() -> None:
     assert score.value == pytest.approx(10 * 0.95)
     assert score.margins[str(bound)] == pytest.approx(0.0)
     assert judge(replace(reading, finished=0), Objective.parse("goodput"), [bound]).failure
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("explore_every", "most"), [(0, 0), (25, 8)])
+def test_a_service_that_keeps_its_promises_is_left_alone(seed: int, explore_every: int, most: int) -> None:
+    """At constant load with room: nothing changes in 100 windows, or four small trials there and back."""
+    service = HeldService(noise=0.03, seed=seed)
+    holder, audit = held(service, "balanced", Enough(explore_every=explore_every))
+    decisions = [holder.step(service.read()) for _ in range(100)]
+    assert service.version - 1 <= most
+    assert decisions[5].action == "rest"
+    assert "every promise kept with at least 10% to spare over 3 windows" in decisions[5].why
+    assert holder.counts["violations"] == 0
+    assert first_difference(audit.events, replay(audit.events)) is None
+    if explore_every:
+        tried = [e.data for e in audit.events if e.kind == "apply"]
+        assert tried
+        assert all(abs(c["new"].get("small_share", 0) - c["old"].get("small_share", 0)) <= 0.05 + 1e-9 for c in tried)
+
+
+def test_a_promise_in_danger_ends_the_rest() -> None:
+    """More traffic takes the room away: it explores, says which promise, and rests again where there is room."""
+    service = HeldService(rate_rps=3.0)
+    holder, _ = held(service, "aggressive", Enough(explore_every=0))
+    actions = [holder.step(service.read()).action for _ in range(10)]
+    assert set(actions) <= {"wait", "rest"}
+    service.rate_rps = 9.0
+    decisions = [holder.step(service.read()) for _ in range(40)]
+    assert any(d.action == "apply" and "latency" in d.why for d in decisions)
+    assert decisions[-1].action == "rest"
+    assert service.judge(service.read()).margins["latency"] < -0.1
+
+
+def test_traffic_that_returns_moves_to_what_was_best_under_it() -> None:
+    """The first decision under a known pattern is toward its best, and says so; nothing is explored on the way."""
+    service = HeldService(rate_rps=4.0)
+    holder, _ = held(service, enough=Enough(explore_every=5))
+    for rate, windows in ((4.0, 80), (11.0, 80)):
+        service.rate_rps = rate
+        for _ in range(windows):
+            holder.step(service.read())
+    service.rate_rps = 4.0
+    after = [holder.step(service.read()) for _ in range(8)]
+    first = next(d for d in after if d.why.startswith("the traffic has changed"))
+    assert "what was best under this traffic before" in first.why
+
+
+def test_a_direction_that_did_worse_is_left_for_a_while() -> None:
+    """The same knob is not moved on in it until the windows are over; the other way, and other knobs, are free."""
+    left = LeftAlone(5)
+    left.leave({"x": 2.0, "y": 1}, {"x": 3.0, "y": 1}, 10)
+    assert left.without({"x": 2.0, "y": 1}, {"x": 2.5, "y": 2}, 14) == {"x": 2.0, "y": 2}
+    assert left.without({"x": 2.0, "y": 1}, {"x": 1.5, "y": 2}, 14) == {"x": 1.5, "y": 2}
+    assert left.without({"x": 2.0, "y": 1}, {"x": 2.5, "y": 2}, 15) == {"x": 2.5, "y": 2}
+    left.leave({"x": 2.0}, {"x": 3.0}, 20)
+    left.clear()
+    assert left.without({"x": 2.0}, {"x": 3.0}, 20) == {"x": 3.0}
+
+
+def test_one_noisy_window_ends_no_rest_and_a_breach_does() -> None:
+    """The mean margin over the last windows decides; a window that failed is danger at once."""
+    lately = Lately(Enough())
+    for margin in (-0.4, -0.4, -0.05):
+        lately.see(Score(value=1.0, margins={"p95_ttft<1s": margin}))
+    assert lately.full
+    assert lately.danger() is None
+    lately.see(Score(value=1.0, margins={"p95_ttft<1s": 1.0}))
+    assert lately.danger() == "p95_ttft<1s is broken by 18%"
+    lately.see(Score(value=math.nan, margins={}, failure="no request was finished"))
+    assert lately.danger() == "no request was finished"
+    lately.clear()
+    assert lately.danger() is None
+    for wrong in ({"room": 1.0}, {"windows": 0}, {"step": 0.0}, {"leave": -1}):
+        with pytest.raises(InvalidInput):
+            Enough(**wrong)  # type: ignore[arg-type]

@@ -28,7 +28,8 @@ from flyball.tuner.online.points import Points, Seen, Suggestion, among
 FIRST_RADIUS = 0.35
 LEAST_RADIUS = 5e-4
 MOST_RADIUS = 0.6
-_AROUND = 0.15  # edges of the cube that the first points lie from where the search starts, if it starts somewhere
+_AROUND = 0.08  # edges of the cube that the first points lie from where the search starts, if it starts somewhere
+_LIVE_RADIUS = 0.1  # and the first radius then: what serves is left in small steps, which grow where they do good
 _CANDIDATES = 24  # random ones, beside those on the path to the model's minimum
 _PATH = np.concatenate([[0.0], 10.0 ** np.linspace(-4, 2.5, 14)])
 _CLOSER = 0.4  # of the way from the last good to the first bad point, where a wall is put
@@ -76,8 +77,10 @@ class Local:
             self._design = deque(cube.snap(low_discrepancy(0, 2 * d + 2, d, shift)))
         else:  # something serves there now: look around it, not everywhere
             around = start + _AROUND * (2.0 * low_discrepancy(0, d + 1, d, shift) - 1.0)
-            self._design = deque([start, *cube.snap(around)])
-        self.radius = FIRST_RADIUS
+            around = cube.snap(np.where((around < 0) | (around > 1), 2.0 * start - around, around))
+            self._design = deque([start, *(u for u in around if (u != start).any())])
+        self._first_radius = FIRST_RADIUS if start is None else _LIVE_RADIUS
+        self.radius = self._first_radius
         self.settled = False
         self._best: int | None = None
         self._steps: list[Step] = []
@@ -331,7 +334,7 @@ class Local:
         self._design.clear()
         self._suspected = None
         self._hop_from, self._hops, self._doubted, self._fill_next = None, 0, False, False
-        self.settled, self.radius, self._looks = False, FIRST_RADIUS, _LOOK[0]
+        self.settled, self.radius, self._looks = False, self._first_radius, _LOOK[0]
         self._replicated, self._check, self._surprises, self._hops_failed, self._quiet = False, False, 0, 0, 0
         if row is None:
             return
@@ -339,7 +342,7 @@ class Local:
         self._best = 0
         known = points.u[0]
         spread = low_discrepancy(0, self._cube.size + 1, self._cube.size, self._rng.random(self._cube.size)) - 0.5
-        self._design.extend(self._cube.snap(known + 2.0 * FIRST_RADIUS * spread))
+        self._design.extend(self._cube.snap(known + 2.0 * self._first_radius * spread))
 
     def recheck(self) -> None:
         """The incumbent may no longer be what it was: measure it before anything else."""
