@@ -6,6 +6,8 @@ queue-analysis  /solve, /target, /optimize
 optimizer       /optimizeOne, and the state-full set (`flyball.compat.inferno_state`) with its own /optimize
 model-tuner     /tune, /merge, /getparams, /warmup, /calibrate, /calibration-status
 model-trainer   /train
+collector       /collect, /sweep
+actuator        /update
 
 Two services have an /optimize: a body with a replica's parameters (`alpha`, `beta`, `gamma`) is queue-analysis', any
 other the optimizer's. What is wrong with a body is told in `message` with a 4xx status. Two answers differ: a load of 0
@@ -32,8 +34,9 @@ from flyball.adapters.fields import Fields, parse_json
 from flyball.compat.inferno_state import FleetState, spelled
 from flyball.compat.inferno_state import routes as fleet_routes
 from flyball.compat.inferno_tuner import NothingTuned, Tuner, train
+from flyball.compat.inferno_world import World
 from flyball.core.clock import SystemClock
-from flyball.core.errors import FlyballError, Infeasible, InvalidInput
+from flyball.core.errors import ActuationFailed, FlyballError, Infeasible, InvalidInput, ObservationFailed
 from flyball.performance.queueing import Metrics, Replicas, queue_model
 from flyball.performance.sizing import Goals, optimal_batch, size
 from flyball.planner.problem import BATCH_CEILING
@@ -49,15 +52,23 @@ _PROBLEM = {"type": "object", "properties": {name: {"type": "number", "minimum":
 _OPTIMIZE = {"anyOf": [_PROBLEM, {"type": "object", "properties": {"unlimited": {"type": "boolean"}}}]}
 _ANY = {"type": "object"}
 _REPLICAS = {"type": "array", "items": {"type": "object"}, "minItems": 1}
+_ALLOCATIONS = {"type": "object", "properties": dict.fromkeys(("allocations", "kube-resources"), _ANY)}
 _SYSTEM = {"type": "object", "properties": {"system": {"type": "object"}}, "required": ["system"]}
 
 Answer = dict[str, Any]
 
 
-def create_app(*, token: str | None = None, law: str = "v3", state: Path | None = None) -> FastAPI:
+def create_app(
+    *,
+    token: str | None = None,
+    law: str = "v3",
+    state: Path | None = None,
+    world: Callable[[FleetState], World] = World,
+) -> FastAPI:
     """The routes as an application; with a token, only for who bears it. `law` names the queue model.
 
-    `state` is a file in which the tuner keeps what it learns.
+    `state` is a file in which the tuner keeps what it learns. `world` makes what collector and actuator work on; of
+    itself it is the fleet that was set.
 
     >>> app = create_app()
     >>> [route.path for route in app.routes if route.path.startswith(("/so", "/ta", "/op", "/tr", "/tu"))]
@@ -82,6 +93,7 @@ def create_app(*, token: str | None = None, law: str = "v3", state: Path | None 
     door.post("/optimizeOne", _SYSTEM, _about(fleet.one), lambda body: fleet.call(lambda: fleet.one(_mapping(body))))
     _add_fleet(door, fleet)
     _add_tuner(door, tuner)
+    _add_world(door, world(fleet))
     door.post("/train", _ANY, _about(train), lambda body: train(body, law))
     return app
 
@@ -143,6 +155,12 @@ def _add_tuner(door: _Door, tuner: Tuner) -> None:
     door.get("/calibration-status", _about(tuner.status), tuner.status)
 
 
+def _add_world(door: _Door, world: World) -> None:
+    door.get("/collect", _about(world.collect), world.collect)
+    door.get("/sweep", _about(world.sweep), world.sweep, "server")
+    door.post("/update", _ALLOCATIONS, _about(world.update), lambda body: world.update(_mapping(body)))
+
+
 def _about(answer: Callable[..., object]) -> str:
     return (answer.__doc__ or "").strip().partition("\n")[0]
 
@@ -167,6 +185,8 @@ async def _respond(
         return _refusal(422, str(error))
     except Infeasible as error:
         return _refusal(404, str(error))
+    except (ObservationFailed, ActuationFailed) as error:
+        return _refusal(424, str(error))  # what the answer depends on failed
     except FlyballError as error:
         return _refusal(400, str(error))
 

@@ -33,7 +33,8 @@ _KEYS = (
     "keepAccelerator", "minNumReplicas", "maxQueueSize", "currentAlloc", "desiredAlloc", "accelerator", "numReplicas",
     "maxBatch", "itlAverage", "ttftAverage", "load", "arrivalRate", "throughput", "avgInTokens", "avgOutTokens",
     "optimizer", "unlimited", "heterogeneous", "delayedBestEffort", "saturationPolicy", "system", "acceleratorData",
-    "modelData", "serviceClassData", "serverData", "optimizerData", "capacityData",
+    "modelData", "serviceClassData", "serverData", "optimizerData", "capacityData", "allocations", "kube-resources",
+    "uid", "space",
 )  # fmt: skip
 _SPELLING = {key.lower(): key for key in _KEYS}
 
