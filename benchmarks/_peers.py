@@ -12,7 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ class Recipe:
     install: Callable[[Environment], None]
     worker: str
     variables: Mapping[str, str] = field(default_factory=dict)
+    weights: str = "bf16"  # what the worker makes of the checkpoint's weights
 
 
 def vllm_variables(threads: int, *, multiprocessing: bool) -> dict[str, str]:
@@ -150,7 +151,18 @@ def recipes(threads: int) -> dict[str, Recipe]:
     }
 
 
+def quantized_recipes(threads: int) -> dict[str, Recipe]:
+    """The same peers with the checkpoint's weights in fewer bits, by name."""
+    plain = recipes(threads)
+    return {
+        f"{peer}_{weights}": replace(plain[peer], weights=weights)
+        for peer, formats in (("openvino", ("int8", "int4")), ("llama_cpp", ("q8_0", "q4_0")), ("vllm", ("w8a8",)))
+        for weights in formats
+    }
+
+
 NAMES = tuple(recipes(1))
+QUANTIZED = tuple(quantized_recipes(1))
 
 
 def prepare(recipe: Recipe, cache: Path, say: Callable[[str], None]) -> Path:
@@ -255,13 +267,14 @@ def running(
     names: Iterable[str], cache: Path, settings: Mapping[str, object], threads: int, say: Callable[[str], None]
 ) -> Iterator[dict[str, Peer]]:
     """The named peers, started one after the other; one that cannot run is said to be left out."""
-    known, peers = recipes(threads), dict[str, Peer]()
+    known, peers = recipes(threads) | quantized_recipes(threads), dict[str, Peer]()
     try:
         for name in names:
             try:
                 python = prepare(known[name], cache, say)
                 say(f"{name}: loading")
-                peers[name] = Peer(known[name], python, {"threads": threads, **settings}, cache / f"{name}.log")
+                asked = {"threads": threads, "weights": known[name].weights, **settings}
+                peers[name] = Peer(known[name], python, asked, cache / f"{name}.log")
                 say(f"{name}: {peers[name].version}, loaded in {peers[name].load_s:.1f} s, "
                     f"{peers[name].resident / 2**30:.2f} GiB resident")  # fmt: skip
             except PeerUnavailable as reason:

@@ -43,8 +43,7 @@ BATCHES = (1, 8, 64)
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "text" / "held_out.txt"  # the model never saw it
 WINDOW, WINDOWS = 256, 24
 OUTLIERS, FACTOR = 1000, 50.0
-PEERS = {"openvino_int8": "int8", "openvino_int4": "int4", "vllm_w8a8": "int8", "llama_cpp_q8_0": "int8",
-         "llama_cpp_q4_0": "int4"}  # fmt: skip
+FOUR_BITS = {"int4", "nf4", "openvino_int4", "llama_cpp_q4_0"}  # the others have eight
 
 
 def windows(tokenizer: Any) -> torch.Tensor:  # noqa: ANN401  # untyped library
@@ -155,7 +154,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
-    parser.add_argument("--peers", default="openvino_int8,openvino_int4", help="rivals, of those that _peers.py knows")
+    parser.add_argument("--peers", default=",".join(_peers.QUANTIZED), help="rivals; default: all, %(default)s")
     parser.add_argument("--peers-folder", type=Path, default=_peers.CACHE, help="where peers are installed")
     parser.add_argument("--no-head", action="store_true", help="leave the output layer in bfloat16")
     parser.add_argument("--only", choices=["accuracy", "speed"])
@@ -163,6 +162,9 @@ def main() -> None:
     formats = [name for name in args.formats.split(",") if name]
     if unknown := set(formats) - set(FORMATS):
         parser.error(f"unknown formats {sorted(unknown)}; there are {', '.join(FORMATS)}")
+    rivals = [name for name in args.peers.split(",") if name]
+    if unknown := set(rivals) - set(_peers.QUANTIZED):
+        parser.error(f"unknown peers {sorted(unknown)}; there are {', '.join(_peers.QUANTIZED)}")
     torch.set_num_threads(args.threads)
     hf_logging.disable_progress_bar()
     say = Console(stderr=True, soft_wrap=True).print
@@ -174,11 +176,12 @@ def main() -> None:
             accuracy(formats, table)
         Console(width=120).print(table)
     if args.only != "accuracy":
-        with checkpoint() as path, peers_of(
-            [name for name in args.peers.split(",") if name in _peers.NAMES], args.peers_folder, path, args.threads, say
-        ) as peers:  # fmt: skip
+        with checkpoint() as path, peers_of(rivals, args.peers_folder, path, args.threads, say) as peers:
             speed(path, formats, [int(b) for b in args.batches.split(",")], args.rounds, args.threads, peers, say,
                   head=not args.no_head)  # fmt: skip
+            for name in rivals:
+                if name not in peers:
+                    Console(width=120).print(f"{name} did not run here and is in no table; its reason stands above")
 
 
 def weight_bytes(core: EngineCore) -> int:
@@ -202,14 +205,25 @@ def speed(
         cpu: dict[str, list[float]] = {name: [] for name in contenders}
         for number in range(rounds + 1):  # the first warms up
             prompts = torch.randint(0, SHAPE.vocab_size, (batch, INPUT), generator=generator).tolist()
-            for name in contenders:
-                turn, _ = take_turn(contenders[name], prompts, load, OUTPUT if number else 2, threads)
+            for name in list(wall):
+                try:
+                    turn, _ = take_turn(contenders[name], prompts, load, OUTPUT if number else 2, threads)
+                except _peers.PeerUnavailable as reason:
+                    say(f"batch {batch}: {name} is left out: {reason}")
+                    del wall[name], cpu[name], contenders[name]
+                    continue
                 if number:
                     wall[name].append(turn.wall)
                     cpu[name].append(turn.cpu)
                     say(f"batch {batch}, turn {number} of {rounds}: {name} {turn.wall:.1f} tokens/s, "
                         f"{turn.cpu:.1f} by CPU time")  # fmt: skip
         report(batch, wall, cpu, memory, {name: core.runner.kernels for name, core in cores.items()})
+
+
+def best_rival(name: str, wall: dict[str, list[float]]) -> float | None:
+    """Tokens a second of the fastest peer whose weights have as many bits, 4 or 8, as a format of ours."""
+    same = [n for n in wall if n in _peers.QUANTIZED and (n in FOUR_BITS) == (name in FOUR_BITS)]
+    return max((statistics.median(wall[n]) for n in same), default=None)
 
 
 def report(
@@ -221,18 +235,19 @@ def report(
 ) -> None:
     """One batch's table and JSON lines."""
     table = Table(title=f"batch {batch}: tokens/s, 153 M parameters, {INPUT} in, {OUTPUT} out")
-    for column in ("contender", "wall", "by CPU time", "over bf16", "by CPU time", "weights over bf16"):
+    for column in ("contender", "wall", "by CPU time", "over bf16", "by CPU time", "weights over bf16", "over peer"):
         table.add_column(column, justify="right")
     base, base_cpu = statistics.median(wall["bf16"]), statistics.median(cpu["bf16"])
-    best = max((statistics.median(wall[n]) for n in wall if n in PEERS or n in _peers.NAMES), default=None)
+    rivals = {n: best_rival(n, wall) for n in memory if n != "bf16"}
     for name, turns in wall.items():
         rate, by_cpu = statistics.median(turns), statistics.median(cpu[name])
         share = memory[name] / memory["bf16"] if name in memory else None
+        best = rivals.get(name)
         table.add_row(name, f"{rate:.1f}", f"{by_cpu:.1f}", f"{rate / base:.2f}", f"{by_cpu / base_cpu:.2f}",
-                      f"{share:.2f}" if share else "")  # fmt: skip
+                      f"{share:.2f}" if share else "", f"{rate / best:.2f}" if best else "")  # fmt: skip
         figure(f"{name}_batch{batch}", rate, "tokens/s", rival=base, spread=(min(turns), max(turns)),
                by_cpu_time=by_cpu, ratio_by_cpu_time=by_cpu / base_cpu, weights_share=share, kernels=kernels.get(name),
-               over_best_peer=rate / best if best and name in memory else None)  # fmt: skip
+               over_best_peer=rate / best if best else None)  # fmt: skip
     Console(width=120).print(table)
 
 

@@ -1,8 +1,9 @@
 """The loop that every peer's worker runs: JSON lines in and out, the peer's own chatter to standard error.
 
-Line 1 in: `{"model", "threads", "max_seqs", "max_len"}`. Out: `{"ready", "load_s", "version"}`. Then, as often as
-wanted, in: `{"prompts": [[token, ...], ...], "output": n}`, out: `{"seconds", "tokens": [[token, ...], ...]}`. End of
-input ends the worker. It needs the standard library alone, as it runs under the peer's own Python.
+Line 1 in: `{"model", "threads", "max_seqs", "max_len", "weights"}`, the last the format to keep weights in. Out:
+`{"ready", "load_s", "version"}`. Then, as often as wanted, in: `{"prompts": [[token, ...], ...], "output": n}`, out:
+`{"seconds", "tokens": [[token, ...], ...]}`. End of input ends the worker. It needs the standard library alone, as it
+runs under the peer's own Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: the checkpoint rewritten as GGUF in bfloat16, all sequences in one batch.
+"""llama.cpp through llama-cpp-python: the checkpoint rewritten as GGUF, all sequences in one batch.
 
 The batch is driven through `llama_decode`, as llama.cpp's own `batched-bench` does, since the package's high-level
 `Llama` takes one sequence at a time.
@@ -89,13 +89,29 @@ def write_gguf(model: Path, target: Path) -> None:
     writer.close()
 
 
+def gguf_file(model: Path, weights: str, threads: int) -> Path:
+    """The checkpoint in bfloat16, or that rewritten by llama.cpp's own quantiser; made once beside the checkpoint."""
+    import llama_cpp as lc
+
+    plain = model / "model-bf16.gguf"
+    if not plain.exists():
+        write_gguf(model, plain)
+    if weights == "bf16":
+        return plain
+    target = model / f"model-{weights}.gguf"
+    params = lc.llama_model_quantize_default_params()
+    params.nthread, params.ftype = threads, getattr(lc, f"LLAMA_FTYPE_MOSTLY_{weights.upper()}")
+    failed = lc.llama_model_quantize(str(plain).encode(), str(target).encode(), ctypes.byref(params))
+    assert failed == 0, f"llama_model_quantize returned {failed}"
+    return target
+
+
 def load(settings: dict[str, Any]) -> tuple[Run, str]:
     """Model and context with one KV stream a sequence."""
     import llama_cpp as lc
 
-    target = Path(settings["model"]) / "model.gguf"
-    write_gguf(Path(settings["model"]), target)
     lc.llama_backend_init()
+    target = gguf_file(Path(settings["model"]), settings["weights"], settings["threads"])
     model = lc.llama_model_load_from_file(str(target).encode(), lc.llama_model_default_params())
     assert model, "llama.cpp refused the GGUF file"
     vocabulary = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(model))
@@ -142,7 +158,7 @@ def load(settings: dict[str, Any]) -> tuple[Run, str]:
                 tokens.append(int(t))
         return made
 
-    return run, f"llama-cpp-python {version('llama-cpp-python')}"
+    return run, f"llama-cpp-python {version('llama-cpp-python')}, weights in {settings['weights']}"
 
 
 if __name__ == "__main__":
