@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     import socket
+    from types import FrameType
 
     from fastapi import FastAPI
 
@@ -85,7 +87,6 @@ def run(  # noqa: PLR0915  # it wires what others made, once
     from flyball.adapters.engines.flyball_http import FlyballTarget
     from flyball.adapters.hold_windows import ServerWindows
     from flyball.cli import require
-    from flyball.cli.tune import ended_by_signals
     from flyball.core.clock import SystemClock
     from flyball.core.errors import InvalidInput
     from flyball.core.slo import SloBound
@@ -112,7 +113,7 @@ def run(  # noqa: PLR0915  # it wires what others made, once
     enough = Enough(room=room, explore_every=explore_every)
     clock = SystemClock()
     with ExitStack() as stack:
-        stack.enter_context(ended_by_signals())
+        told = stack.enter_context(_told_to_end())
         listener = stack.enter_context(listen(host, port))
         targets = [stack.enter_context(FlyballTarget(u, api_key=api_key)) for u in (url, *(replica or ()))]
         in_force = targets[0].configuration()
@@ -146,26 +147,54 @@ def run(  # noqa: PLR0915  # it wires what others made, once
         typer.echo(f"flyball: holding {url} ({', '.join(start)}), API on {url_of(listener)}, audit {audit}")
         typer.echo(f"flyball: {tuner.choice.proposer}: {tuner.choice.reason}")
         try:
-            _loop(holder, server, clock, window_s=window, duration_s=duration)
+            _loop(holder, server, clock, told, window_s=window, duration_s=duration)
         finally:
-            if gate.trying and holder.run == "running":
-                gate.rollback("the holder ends")
-                typer.echo("flyball: the last known good is in force")
+            if gate.trying and holder.run in ("running", "paused"):
+                done = gate.rollback("the holder ends")
+                typer.echo(f"flyball: the last known good is {'in force' if done else 'NOT in force; see the audit'}")
+        if told.signal is not None:
+            raise typer.Exit(128 + told.signal)  # as shells expect of a process that a signal ended
 
 
-def _loop(holder: Holder, server: ServerWindows, clock: Clock, *, window_s: float, duration_s: float | None) -> None:
-    """One step a window, until told to stop or the time is over; a look that fails decides nothing.
+class _Told(threading.Event):
+    """Set once a signal asks for the end; a second one ends at once."""
+
+    signal: int | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_set():
+            raise KeyboardInterrupt
+        self.signal = number
+        self.set()
+
+
+@contextmanager
+def _told_to_end() -> Iterator[_Told]:
+    """Let Ctrl-C, SIGTERM and SIGHUP end us between two decisions, not within a change."""
+    told = _Told()
+    before = {s: signal.signal(s, told) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _loop(
+    holder: Holder, server: ServerWindows, clock: Clock, told: _Told, *, window_s: float, duration_s: float | None
+) -> None:
+    """One step a window, until told to end or the time is over; a look that fails decides nothing.
 
     After a change the next window begins when it has settled.
     """
     from flyball.core.errors import EngineFailed
 
-    pause = threading.Event()
-    pause.wait(holder.settle_s)
+    told.wait(holder.settle_s)
     server.skip()
     ends_s = None if duration_s is None else clock.now_s() + duration_s
-    while holder.run in ("running", "paused") and (ends_s is None or clock.now_s() < ends_s):
-        pause.wait(window_s)
+    while ends_s is None or clock.now_s() < ends_s:
+        if told.wait(window_s) or holder.run not in ("running", "paused"):
+            return
         try:
             decision = holder.step(server.read())
         except EngineFailed as error:
@@ -174,7 +203,7 @@ def _loop(holder: Holder, server: ServerWindows, clock: Clock, *, window_s: floa
         value = "" if decision.score is None else f" {decision.score.value:.4g}"
         typer.echo(f"{decision.number} {decision.action}{value} {json.dumps(dict(decision.values))} {decision.why}")
         if decision.action in ("apply", "rollback"):
-            pause.wait(holder.settle_s)
+            told.wait(holder.settle_s)
             server.skip()
 
 
