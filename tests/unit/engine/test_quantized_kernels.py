@@ -98,6 +98,23 @@ def test_the_step_is_the_torch_steps(kernels: ctypes.CDLL, checkpoint: Path, kin
     assert (logits[0] - logits[1]).norm() < loose * logits[1].norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_alone_and_in_company(kernels: ctypes.CDLL, kind: QuantizationType) -> None:
+    """Bit for bit, at every row count, so that drafts are verified with the very numbers of one token a step."""
+    torch.manual_seed(5)
+    layer = QuantizedLinear.from_linear(nn.Linear(160, 112, bias=False), QuantizationConfig(quantization_type=kind))
+    weight, kept = pack(kernels, (layer,))
+    x = torch.randn(130, 160).bfloat16()
+    alone = torch.empty(130, 112)
+    for row in range(130):
+        kernels.fq_linear(x[row].data_ptr(), 1, 160, ctypes.addressof(weight), 112, alone[row].data_ptr(), 1)
+    for rows in (*range(2, 14), 64, 97, 130):
+        y = torch.empty(rows, 112)
+        kernels.fq_linear(x.data_ptr(), rows, 160, ctypes.addressof(weight), 112, y.data_ptr(), 2)
+        assert torch.equal(y, alone[:rows]), rows
+    assert kept
+
+
 def test_alone_and_in_company_the_same_tokens(kernels: ctypes.CDLL, checkpoint: Path) -> None:
     """int8_dynamic scales each row by itself: an answer does not depend on who else is in the step, bit for bit."""
     del kernels

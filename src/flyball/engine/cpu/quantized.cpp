@@ -1,8 +1,9 @@
 // The decoder step of kernels.cpp on quantised weights: the same phases, other products.
 //
 // int8_dynamic: rows of x become bytes with a scale of their own and are multiplied as integers (VNNI). The other formats
-// keep only the weights in few bits: with one or two rows they become bfloat16 in registers, on their way to the
-// product; with more, four panels at a time become bfloat16 in the cache and meet all rows there.
+// keep only the weights in few bits: their codes become bfloat16 in registers, on their way to the product with the first
+// rows, which leave four panels of them in the cache for the others; scales come after a group's sum, so that a row's
+// result does not depend on who else is in the step.
 //
 // A panel holds 16 output columns. Codes of a panel, one after the other by K: int8_dynamic [K / 4][16][4] signed bytes;
 // int8 and fp8 [K / 2][16][2] bytes; int4 and nf4 [K / 2][16] bytes, the even k in the low half. Scales: [G][16] float.
@@ -46,6 +47,7 @@ const Tables TABLES;
 // Two rows of K of one panel, 32 weights, as bfloat16, without their scale.
 template <int64_t FORMAT>
 inline __m512i pair_of(const uint8_t* p) {
+    if (FORMAT == BF16) return _mm512_loadu_si512(p);
     if (FORMAT == INT8) {
         const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p + 1)));
@@ -63,36 +65,52 @@ inline __m512i pair_of(const uint8_t* p) {
     return _mm512_permutexvar_epi16(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), FORMAT == INT4 ? TABLES.int4 : TABLES.nf4);
 }
 
-// R rows times C panels whose weights become bfloat16 in registers.
-template <int64_t FORMAT, int R, int C>
-void direct(const bf16* x, const Weight& w, int64_t panel, int64_t k, int64_t columns, const Target& to, int64_t row) {
-    const int64_t stride = panel_bytes(FORMAT, k), step = stride / (k / 2);
-    const uint8_t* codes = w.codes + panel * stride;
+// Bytes of a pair as `pair_of` reads it.
+template <int64_t FORMAT>
+constexpr int64_t pair_bytes() { return FORMAT == BF16 ? 64 : FORMAT == INT8 || FORMAT == FP8 ? 32 : 16; }
+
+// R rows times C panels, whose codes become bfloat16 in registers or are it already. Sums of a group of columns meet its
+// scale: what comes out is the same bit for bit with any R and C, and wherever the codes were widened. KEEP: leave them
+// widened in `wide`.
+template <int64_t FORMAT, int R, int C, bool KEEP>
+void narrow_tile(const bf16* x, const uint8_t* codes, const Weight& w, int64_t panel, int64_t k, int64_t columns,
+                 const Target& to, int64_t row, uint8_t* wide) {
+    constexpr int64_t STEP = pair_bytes<FORMAT>();
+    const int64_t stride = k / 2 * STEP;
     const float* scales = w.scales + panel * w.groups * 16;
-    __m512 total[R][C];
-    for (auto& r : total)
-        for (auto& v : r) v = _mm512_setzero_ps();
+    alignas(64) float total[R][C][16];  // rarely touched: the registers are for the sums of a group
     for (int64_t g = 0; g < w.groups; ++g) {
         __m512 acc[R][C];
         for (auto& r : acc)
             for (auto& v : r) v = _mm512_setzero_ps();
-        for (int64_t i = g * w.group; i < std::min(k, (g + 1) * w.group); i += 2) {
+        const int64_t end = std::min(k, (g + 1) * w.group);
+        for (int64_t i = g * w.group; i < end; i += 2) {
+            __m512bh b[C];
             for (int c = 0; c < C; ++c) {
-                const uint8_t* at = codes + c * stride + i / 2 * step;
-                _mm_prefetch((const char*)at + 512, _MM_HINT_T0);
-                const __m512bh b = (__m512bh)pair_of<FORMAT>(at);
-                for (int r = 0; r < R; ++r) {
-                    int32_t pair;
-                    std::memcpy(&pair, x + r * k + i, 4);
-                    acc[r][c] = _mm512_dpbf16_ps(acc[r][c], b, (__m512bh)_mm512_set1_epi32(pair));
-                }
+                const uint8_t* at = codes + c * stride + i / 2 * STEP;
+                if (R <= 2) _mm_prefetch((const char*)at + 512, _MM_HINT_T0);
+                b[c] = (__m512bh)pair_of<FORMAT>(at);
+                if (KEEP) _mm512_store_si512(wide + (c * k + i) * 32, (__m512i)b[c]);
+            }
+            for (int r = 0; r < R; ++r) {
+                int32_t pair;
+                std::memcpy(&pair, x + r * k + i, 4);
+                const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+                for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], b[c], a);
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int c = 0; c < C; ++c)
-                total[r][c] = _mm512_fmadd_ps(acc[r][c], _mm512_loadu_ps(scales + (c * w.groups + g) * 16), total[r][c]);
+            for (int c = 0; c < C; ++c) {
+                const __m512 before = g ? _mm512_load_ps(total[r][c]) : _mm512_setzero_ps();
+                const __m512 scale = _mm512_loadu_ps(scales + (c * w.groups + g) * 16);
+                _mm512_store_ps(total[r][c], _mm512_fmadd_ps(acc[r][c], scale, before));
+            }
     }
-    for (int r = 0; r < R; ++r) finish<C>(total[r], panel * 16, columns, to, row + r);
+    for (int r = 0; r < R; ++r) {
+        __m512 out[C];
+        for (int c = 0; c < C; ++c) out[c] = _mm512_load_ps(total[r][c]);
+        finish<C>(out, panel * 16, columns, to, row + r);
+    }
 }
 
 // R rows of bytes, 128 more than they stand for, times C panels of signed bytes.
@@ -141,9 +159,15 @@ float quantize_row(const bf16* x, int64_t n, uint8_t* out) {
 
 // What a thread needs beside the shared buffers; grows with the largest linear it has met.
 struct Room {
-    std::vector<bf16> panels;
+    std::vector<uint8_t> panels;
     std::vector<uint8_t> rows;
     std::vector<float> scales;
+
+    // So many bytes for panels, at a multiple of 64.
+    uint8_t* widened(size_t bytes) {
+        if (panels.size() < bytes + 64) panels.resize(bytes + 64);
+        return (uint8_t*)(((uintptr_t)panels.data() + 63) & ~(uintptr_t)63);
+    }
 
     static Room& mine() {
         static thread_local Room room;
@@ -180,56 +204,41 @@ struct QuantLinear {
         }
     }
 
-    template <int64_t FORMAT, int R>
-    void directly(int c, int64_t panel, int64_t row) const {
+    // R rows times c panels; three are two and one, as a gate and its other half must stay together.
+    template <int64_t FORMAT, int R, bool KEEP = false>
+    void rows(int c, const uint8_t* codes, int64_t panel, int64_t row, uint8_t* wide = nullptr) const {
         const bf16* x = plain.x + row * plain.k;
-        switch (c) {
-            case 4: return direct<FORMAT, R, 4>(x, w, panel, plain.k, plain.n, plain.to, row);
-            case 3: return direct<FORMAT, R, 3>(x, w, panel, plain.k, plain.n, plain.to, row);
-            case 2: return direct<FORMAT, R, 2>(x, w, panel, plain.k, plain.n, plain.to, row);
-            default: return direct<FORMAT, R, 1>(x, w, panel, plain.k, plain.n, plain.to, row);
-        }
+        const auto some = [&](auto tile, int64_t skip) {
+            tile(x, codes + skip * plain.k / 2 * pair_bytes<FORMAT>(), w, panel + skip, plain.k, plain.n, plain.to, row,
+                 wide + skip * plain.k * 32);
+        };
+        if (c == 4) return some(narrow_tile<FORMAT, R, 4, KEEP>, 0);
+        if (c >= 2) some(narrow_tile<FORMAT, R, 2, KEEP>, 0);
+        if (c % 2) some(narrow_tile<FORMAT, R, 1, KEEP>, c - 1);
     }
 
-    // Panels as bfloat16 with their scales, packed as fb_pack does.
-    template <int64_t FORMAT>
-    void widen(int c, int64_t panel, Room& room) const {
-        const int64_t stride = panel_bytes(FORMAT, plain.k), step = stride / (plain.k / 2);
-        const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        if ((int64_t)room.panels.size() < 64 * plain.k) room.panels.resize(64 * plain.k);
-        for (int p = 0; p < c; ++p) {
-            const uint8_t* codes = w.codes + (panel + p) * stride;
-            bf16* out = room.panels.data() + p * 16 * plain.k;
-            for (int64_t g = 0; g < w.groups; ++g) {
-                const __m512 scale = _mm512_loadu_ps(w.scales + ((panel + p) * w.groups + g) * 16);
-                const __m512 low = _mm512_permutexvar_ps(twice, scale);
-                const __m512 high = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
-                for (int64_t i = g * w.group; i < std::min(plain.k, (g + 1) * w.group); i += 2) {
-                    alignas(64) bf16 raw[32];
-                    _mm512_store_si512(raw, pair_of<FORMAT>(codes + i / 2 * step));
-                    _mm512_storeu_si512(out + i * 16, (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(load_bf16(raw + 16), high),
-                                                                                  _mm512_mul_ps(load_bf16(raw), low)));
-                }
-            }
-        }
-    }
-
+    // The first four or six rows widen the codes on their way and leave them to the others.
     template <int64_t FORMAT>
     void weight_only(int c, int64_t panel, int64_t first, int64_t last, Room& room) const {
-        if (plain.m == 1) return directly<FORMAT, 1>(c, panel, 0);
-        if (plain.m == 2) return directly<FORMAT, 2>(c, panel, 0);
-        widen<FORMAT>(c, panel, room);
-        const auto rows = [&](auto tile_of, int64_t row) {
-            tile_of(c, plain.x + row * plain.k, plain.k, room.panels.data(), plain.k, panel * 16, plain.n, plain.to, row, nullptr);
-        };
-        int64_t row = first;
-        for (; row + 6 <= last; row += 6) rows(tile_columns<6>, row);
+        const uint8_t* codes = w.codes + panel * panel_bytes(FORMAT, plain.k);
+        switch (last - first) {
+            case 1: return rows<FORMAT, 1>(c, codes, panel, first);
+            case 2: return rows<FORMAT, 2>(c, codes, panel, first);
+            case 3: return rows<FORMAT, 3>(c, codes, panel, first);
+            default: break;
+        }
+        uint8_t* wide = room.widened(c * plain.k * 32);
+        const bool six = last - first >= 6;
+        if (six) rows<FORMAT, 6, true>(c, codes, panel, first, wide);
+        else rows<FORMAT, 4, true>(c, codes, panel, first, wide);
+        int64_t row = first + (six ? 6 : 4);
+        for (; row + 6 <= last; row += 6) rows<BF16, 6>(c, wide, panel, row);
         switch (last - row) {
-            case 5: return rows(tile_columns<5>, row);
-            case 4: return rows(tile_columns<4>, row);
-            case 3: return rows(tile_columns<3>, row);
-            case 2: return rows(tile_columns<2>, row);
-            case 1: return rows(tile_columns<1>, row);
+            case 5: return rows<BF16, 5>(c, wide, panel, row);
+            case 4: return rows<BF16, 4>(c, wide, panel, row);
+            case 3: return rows<BF16, 3>(c, wide, panel, row);
+            case 2: return rows<BF16, 2>(c, wide, panel, row);
+            case 1: return rows<BF16, 1>(c, wide, panel, row);
             default: return;
         }
     }
@@ -247,15 +256,24 @@ struct QuantLinear {
         }
     }
 
+    // Codes that are widened meet as many rows as can stay at hand, so that it is paid for once.
+    bool widens() const { return w.format != INT8_DYNAMIC; }
+    int64_t rows_a_chunk() const { return widens() ? std::min(plain.m, KEPT_ROWS) : plain.rows_a_chunk(); }
+    int64_t row_blocks() const { return (plain.m + rows_a_chunk() - 1) / rows_a_chunk(); }
+    int64_t groups_a_chunk() const { return widens() ? 1 : plain.groups_a_chunk(); }
+    int64_t chunks() const {
+        return plain.m == 0 ? 0 : (plain.groups() + groups_a_chunk() - 1) / groups_a_chunk() * row_blocks();
+    }
+
     // `ready` tells which row blocks this thread has as bytes already.
     void chunk(int64_t i, Room& room, uint64_t& ready) const {
-        const int64_t blocks = plain.row_blocks(), block = i / blocks, first = i % blocks * plain.rows_a_chunk();
-        const int64_t last = std::min(plain.m, first + plain.rows_a_chunk());
-        const int64_t end = std::min(plain.groups(), (block + 1) * plain.groups_a_chunk());
+        const int64_t blocks = row_blocks(), block = i / blocks, first = i % blocks * rows_a_chunk();
+        const int64_t last = std::min(plain.m, first + rows_a_chunk());
+        const int64_t end = std::min(plain.groups(), (block + 1) * groups_a_chunk());
         const uint64_t mine = plain.m <= KEPT_ROWS ? 1ull << (i % blocks) : 0;
         if (w.format == INT8_DYNAMIC && !(ready & mine)) quantize(first, last, room);
         ready |= mine;
-        for (int64_t group = block * plain.groups_a_chunk(); group < end; ++group) {
+        for (int64_t group = block * groups_a_chunk(); group < end; ++group) {
             const int c = (int)std::min<int64_t>(4, plain.panels() - group * 4);
             switch (w.format) {
                 case INT8_DYNAMIC: dynamic(c, group * 4, first, last, room); break;
@@ -278,7 +296,7 @@ void product(Team::Walk& team, const Linear& plain, const void* weight, const Be
     Linear wide = plain;
     wide.w = (const bf16*)w.codes;
     const QuantLinear narrow{plain, w};
-    team.phase(plain.chunks(), [&](int64_t i) {
+    team.phase(w.format == BF16 ? plain.chunks() : narrow.chunks(), [&](int64_t i) {
         if (!prepared) before();
         prepared = true;
         if (w.format == BF16) wide.chunk(i); else narrow.chunk(i, Room::mine(), ready);

@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "target", folder / "draft"
 
 
-@pytest.mark.parametrize("quantization", [None, "int8_dynamic"])
+@pytest.mark.parametrize("quantization", [None, "int8_dynamic", "int4"])
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_that_verify_drafts_say_what_one_token_a_step_says(
     models: tuple[Path, Path], threads: int, quantization: str | None
