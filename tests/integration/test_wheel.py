@@ -21,15 +21,24 @@ FLEET = str(ROOT / "tests" / "data" / "inferno" / "small")
 # A way to call each command that would go ahead if its part were there, and the extra it then asks for.
 LACKING = {
     "bench": ([], "tune"),
+    "compat": (["inferno"], "plan"),
     "config": (["explain"], "engine"),
+    "control": ([FLEET, "--prometheus", "http://127.0.0.1:9"], "plan"),
     "demo": ([], "engine"),
     "fit": (["window.json"], "plan"),
+    "hold": (["--slo", "p95_ttft<500ms"], "tune"),
+    "operator": ([], "cluster"),
     "plan": ([FLEET, "--limited"], "plan"),
+    "quantize": (["model", "--out", "smaller"], "engine"),
     "serve": ([], "engine"),
+    "simulate": ([], "plan"),
     "train-tiny": (["book.txt", "--out", "model"], "engine"),
     "tune": (["--slo", "p95_ttft<500ms"], "tune"),
 }
-PLAIN = {"plan": [FLEET, "--unlimited"], "engines": ["list"]}  # what works without any extra
+PLAIN = {  # what works without any extra
+    "engines": ["list"],
+    "plan": [FLEET, "--unlimited"],
+}
 
 cli._register()
 

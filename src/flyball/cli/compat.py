@@ -51,6 +51,7 @@ def inferno(
     from flyball.cli import require
 
     require("plan", "scipy", "highspy")
+    require("engine", "fastapi", "uvicorn", "pydantic")
     import uvicorn
 
     from flyball.compat.inferno import create_app

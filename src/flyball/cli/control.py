@@ -56,8 +56,10 @@ def run(
     output: Annotated[Literal["text", "json"], typer.Option("--format", help="json: one object a decision.")] = "text",
 ) -> None:
     """Decide replicas of every server, and say why; nothing is changed anywhere (a dry run)."""
-    from flyball.adapters.fleet_files import read_fleet
     from flyball.cli import require
+
+    require("plan", "scipy")
+    from flyball.adapters.fleet_files import read_fleet
     from flyball.core.errors import InvalidInput
     from flyball.planner.loop import LoopSettings
     from flyball.planner.loop import controller as controller_named
@@ -89,10 +91,8 @@ def run(
 def _calibrated(loop: FleetLoop, file: Path | None) -> FleetLoop:
     """The loop, learning from where an earlier run left off."""
     from flyball.adapters.calibration_files import read_calibrations
-    from flyball.cli import require
     from flyball.planner.calibrated_loop import CalibratedLoop
 
-    require("plan", "scipy")
     kind, settings = type(loop), loop.settings
     return CalibratedLoop(lambda spec: kind(spec, settings), loop.spec, read_calibrations(file) if file else ())
 

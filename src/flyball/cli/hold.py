@@ -83,10 +83,13 @@ def run(  # noqa: PLR0915  # it wires what others made, once
         return
     from contextlib import ExitStack
 
+    from flyball.cli import require
+
+    require("tune", "httpx")
+    require("engine", "fastapi", "uvicorn", "prometheus_client")
     from flyball.adapters.audit_files import AuditFile
     from flyball.adapters.engines.flyball_http import FlyballTarget
     from flyball.adapters.hold_windows import ServerWindows
-    from flyball.cli import require
     from flyball.core.clock import SystemClock
     from flyball.core.errors import InvalidInput
     from flyball.core.slo import SloBound
@@ -102,8 +105,6 @@ def run(  # noqa: PLR0915  # it wires what others made, once
     from flyball.tuner.objective import Objective, Score
     from flyball.tuner.online.tuner import OnlineTuner
 
-    require("tune", "httpx", "numpy")
-    require("engine", "fastapi", "uvicorn", "prometheus_client")
     if not is_loopback(host) and not admin_key:
         raise InvalidInput(f"listening on {host} lets others in; give --admin-key, or stay on 127.0.0.1")
     objective = Objective.parse(maximize)

@@ -66,6 +66,10 @@ def run(
 
     from rich.console import Console
 
+    from flyball.cli import require
+
+    require("plan", "scipy")
+
     from flyball.adapters.simulated import SimulatedFleet, SimulatedServer, SimulatedWorld, govern
     from flyball.core.fleet import Accelerator
     from flyball.core.slo import Slo, SloBound
