@@ -82,6 +82,10 @@ def run(
     feasibility: Annotated[
         str, typer.Option(help="How our sampler learns what fails: gp, forest (SCOOT's rule) or none.")
     ] = "gp",
+    law_prior: Annotated[
+        bool,
+        typer.Option("--law-prior/--no-law-prior", help="Our sampler expects what the fitted latency law predicts."),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of proposals and Poisson arrivals.", min=0)] = 0,
     settle: Annotated[
         float, typer.Option(help="Seconds of traffic before each window that are not counted.", min=0.0)
@@ -154,7 +158,7 @@ def run(
     bounds = tuple(SloBound.parse(text) for text in slo or ())
     narrow = parse_knobs(knob or ())
     strategy, patience = (
-        Strategy(sampler=sampler, seed=seed, feasibility=feasibility),
+        Strategy(sampler=sampler, seed=seed, feasibility=feasibility, law=law_prior),
         Patience(windows=windows, tolerance=tolerance),
     )
     check_writable(report)

@@ -120,12 +120,18 @@ def relative_errors(points: Sequence[OperatingPoint], model: QueueModel, paramet
 
 
 def fit(
-    points: Sequence[OperatingPoint], model: QueueModel, *, robust: bool = True, start_s: Sequence[float] = ()
+    points: Sequence[OperatingPoint],
+    model: QueueModel,
+    *,
+    robust: bool = True,
+    start_s: Sequence[float] = (),
+    tolerance: float = 1e-12,
 ) -> Fit:
     """The law that fits best, from two starts; at least two points are needed to say anything.
 
     `robust` lets large errors count less than their squares; without it `Fit.loss` itself is minimised. `start_s`
-    (alpha, beta, gamma) is one more start; a 0 in it is filled in, for no step in logarithms leads away from it.
+    (alpha, beta, gamma) is one more start; a 0 in it is filled in, for no step in logarithms leads away from it. The
+    search ends when a step changes the parameters, or the cost, by a smaller share than `tolerance`.
     """
     if any(not (np.isfinite(value) and value >= 0) for value in start_s):
         raise InvalidInput(f"a fit cannot start from {tuple(start_s)}; give three numbers of at least 0, or none")
@@ -142,8 +148,8 @@ def fit(
             bounds=(start - _REACH, start + _REACH),
             loss="soft_l1" if robust else "linear",
             f_scale=_SOFT,
-            xtol=1e-12,
-            ftol=1e-12,
+            xtol=tolerance,
+            ftol=tolerance,
         )
         for start in [steady_start(points), _third(points), *([_filled(points, start_s)] if start_s else [])]
     ]

@@ -67,11 +67,12 @@ def suggest(
     *,
     feasibility: str = "gp",
     prior: Prediction | None = None,
+    promised: Sequence[Prediction] = (),
 ) -> Point | None:
     """The most valuable configuration to try next, or None if none is left."""
     taken = {pool.lattice.point(t.values) for t in tried}
     candidates = pool.candidates(taken, rng)
-    worth = _Worth(pool, tried, rng, feasibility, prior)
+    worth = _Worth(pool, tried, rng, feasibility, prior, promised)
     if pool.listed is None:
         candidates = _climbed(pool, candidates, worth, taken)
     if not len(candidates):
@@ -84,18 +85,21 @@ class _Worth:
     """The logarithm of what trying a point is worth, in an unknown unit."""
 
     def __init__(
-        self, pool: Pool, tried: Sequence[Tried], rng: np.random.Generator, feasibility: str, prior: Prediction | None
+        self,
+        pool: Pool,
+        tried: Sequence[Tried],
+        rng: np.random.Generator,
+        feasibility: str,
+        prior: Prediction | None,
+        promised: Sequence[Prediction],
     ) -> None:
         if feasibility not in MODELS:
             raise InvalidInput(f"unknown model of hidden constraints {feasibility!r}; use one of {', '.join(MODELS)}")
         self._pool = pool
-        self._prior = prior
         self._volume_seed = int(rng.integers(2**31))
-        self._usual = (0.0, 1.0)  # mean and scale of what the prior predicts
-        if prior is not None:
-            sample = pool.candidates((), rng)[:SAMPLE].tolist()
-            expected = [prior(pool.lattice.values(tuple(point))) for point in sample]
-            self._usual = (float(np.mean(expected)), float(np.std(expected)) or 1.0)
+        self._features = _Feature(prior, pool, rng)  # of the first objective
+        self._promised = [_Feature(_bent(its), pool, rng) for its in promised]
+        self._informed = prior is not None or bool(self._promised)
         done = [t for t in tried if not t.runs]
         X = self._encode(done)
         valid = [not t.failed for t in done]
@@ -115,9 +119,12 @@ class _Worth:
         F = self._features([t.values for t in served])
         FW = self._features([t.values for t in pending])
         bent = np.sign(margins) * np.log1p(np.abs(margins))
-        for margin in bent.T:
-            model = fit(X, margin, pool.groups)
-            self._promises.append(model.believing(waiting) if pending else model)
+        if len(self._promised) != bent.shape[1]:
+            self._promised = [_Feature(None, pool) for _ in bent.T]
+        for margin, feature in zip(bent.T, self._promised, strict=True):
+            model = fit(X, margin, pool.groups, feature([t.values for t in served]))
+            waiting_features = feature([t.values for t in pending])
+            self._promises.append(model.believing(waiting, waiting_features) if pending else model)
         for k, gain in enumerate(gains.T):
             model = fit(X, even_tailed(gain), pool.groups, F if k == 0 else None, Priors())
             if pending:
@@ -128,8 +135,8 @@ class _Worth:
         means = np.stack([m.predict(everywhere, np.vstack([F, FW]) if k == 0 else None)[0]
                           for k, m in enumerate(self._objectives)], axis=1)  # fmt: skip
         believed = np.ones(len(waiting), dtype=bool)
-        for model in self._promises:
-            believed &= model.predict(waiting)[0] <= 0
+        for model, feature in zip(self._promises, self._promised, strict=True):
+            believed &= model.predict(waiting, feature([t.values for t in pending]))[0] <= 0
         self._front = means[np.concatenate([kept, believed & kept.any()])]
         self._reference = means.min(axis=0)
 
@@ -137,22 +144,17 @@ class _Worth:
         rows = [self._pool.encode_values(t.values) for t in tried]
         return np.array(rows).reshape(len(rows), len(self._pool.groups))
 
-    def _features(self, values: Sequence[Configuration]) -> Array:
-        if self._prior is None:
-            return np.zeros((len(values), 0))
-        mean, scale = self._usual
-        return np.array([(self._prior(v) - mean) / scale for v in values]).reshape(len(values), 1)
-
     def __call__(self, points: Points) -> Array:
         X = self._pool.encode(points)
         chance, floor = self._valid(X)
         worth: Array = np.where(chance >= np.log(max(floor, 1e-12)), chance, chance - 1e3)
-        for model in self._promises:
-            mean, sd = model.predict(X)
+        values = [self._pool.lattice.values(tuple(p)) for p in points.tolist()] if self._informed else []
+        for model, feature in zip(self._promises, self._promised, strict=True):
+            mean, sd = model.predict(X, feature(values) if feature.told else None)
             worth = worth + np.maximum(log_ndtr(-mean / sd), UNLIKELY * 3)
         if not self._objectives or not len(self._front):
             return worth
-        F = self._features([self._pool.lattice.values(tuple(p)) for p in points.tolist()]) if self._prior else None
+        F = self._features(values) if self._features.told else None
         seen = [m.predict(X, F if k == 0 else None) for k, m in enumerate(self._objectives)]
         if len(seen) == 1:
             gain = log_expected_improvement(*seen[0], float(self._front.max()))
@@ -160,6 +162,37 @@ class _Worth:
         mean, sd = (np.stack([s[i] for s in seen], axis=1) for i in (0, 1))
         rng = np.random.default_rng(self._volume_seed)
         return worth + log_volume_improvement(mean, sd, self._front, self._reference, rng)
+
+
+class _Feature:
+    """What is expected of configurations, on the scale of what is usual in the space; no column if nothing is."""
+
+    def __init__(self, expected: Prediction | None, pool: Pool, rng: np.random.Generator | None = None) -> None:
+        self._expected = expected
+        self._usual = (0.0, 1.0)  # mean and scale
+        if expected is not None and rng is not None:
+            sample = [expected(pool.lattice.values(tuple(p))) for p in pool.candidates((), rng)[:SAMPLE].tolist()]
+            self._usual = (float(np.mean(sample)), float(np.std(sample)) or 1.0)
+
+    @property
+    def told(self) -> bool:
+        """Whether anything is expected."""
+        return self._expected is not None
+
+    def __call__(self, values: Sequence[Configuration]) -> Array:
+        """[n, 1], or [n, 0]."""
+        if self._expected is None:
+            return np.zeros((len(values), 0))
+        mean, scale = self._usual
+        return np.array([(self._expected(v) - mean) / scale for v in values]).reshape(len(values), 1)
+
+
+def _bent(margin: Prediction) -> Prediction:
+    def bent(values: Configuration) -> float:
+        seen = margin(values)
+        return math.copysign(math.log1p(abs(seen)), seen)
+
+    return bent
 
 
 def _blank(X: Array) -> tuple[Array, float]:

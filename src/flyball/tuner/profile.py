@@ -12,19 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flyball.core.errors import InvalidInput
 from flyball.core.fleet import LatencyProfile
 from flyball.core.knobs import Configuration, Value, generation_of
-from flyball.performance.fit import OPEN_QUEUE, Fit, OperatingPoint, fit, flaw
+from flyball.performance.fit import Fit, OperatingPoint, fit
 from flyball.performance.queueing import DEFAULT_STEP_TOKENS, queue_model
 from flyball.tuner.compare import Comparison
+from flyball.tuner.law import BATCH_KNOBS, LAW, STEP_KNOBS, limit, operating_point
 from flyball.tuner.study import Problem
 from flyball.tuner.trials import Trial
-
-LAW = "v3-engine"
-# What the engines call the two knobs that the law knows, the first that a configuration has being meant.
-BATCH_KNOBS = ("max_num_seqs", "max_running_requests", "max_batch_size")
-STEP_KNOBS = ("max_num_batched_tokens", "chunked_prefill_size", "max_num_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,47 +82,6 @@ def export(
         log_covariance=found.log_covariance,
     )
     return Exported(profile=profile, sentence=_describe(found, len(points), len(flaws)))
-
-
-def limit(values: Configuration, names: Sequence[str]) -> int | None:
-    """The first of these knobs that a configuration sets to a number of at least 1; None if none is."""
-    for name in names:
-        value = values.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value >= 1:
-            return int(value)
-    return None
-
-
-def operating_point(values: Configuration, metrics: Mapping[str, float]) -> OperatingPoint | str:
-    """What a trial's figures (`study.summary`) tell the law, or why they tell it nothing."""
-    batch = limit(values, BATCH_KNOBS)
-    wanted = ("arrival_rps", "mean_input_tokens", "mean_output_tokens", "mean_ttft", "mean_itl")
-    if missing := [name for name in wanted if name not in metrics]:
-        return f"{missing[0]} was not measured"
-    if batch is None:
-        return "no limit of its batch is known"
-    lag_s = metrics.get("mean_lag_s", 0.0)
-    try:
-        point = OperatingPoint(
-            arrival_rps=metrics["arrival_rps"],
-            input_tokens=metrics["mean_input_tokens"],
-            output_tokens=metrics["mean_output_tokens"],
-            max_batch=batch,
-            max_queue=OPEN_QUEUE,
-            max_step_tokens=limit(values, STEP_KNOBS) or DEFAULT_STEP_TOKENS,
-            ttft_s=metrics["mean_ttft"] - lag_s,  # from when it was sent: a late client is not the engine's
-            itl_s=metrics["mean_itl"],
-        )
-    except InvalidInput as error:
-        return str(error)
-    wrong = flaw(
-        point,
-        requests=int(metrics["requests"]),
-        failed=int(metrics["failed"]),
-        lag_s=lag_s,
-        concurrency=metrics["mean_concurrency"],
-    )
-    return wrong or point
 
 
 def _windows(trials: Sequence[Trial], comparison: Comparison | None) -> list[tuple[Configuration, Mapping[str, float]]]:

@@ -36,6 +36,7 @@ class Rules:
     starts: int = 4  # evenly spread configurations between the first and those of the model
     feasibility: str = "gp"  # how hidden constraints are learnt: gp, forest (SCOOT's) or none
     prior: Prediction | None = None  # what is expected of the first objective before anything is measured, in its unit
+    promised: tuple[Prediction, ...] = ()  # what is expected of each promise's margin; empty: nothing
     maximise: bool = True  # the first objective's direction, for which `prior` speaks
 
 
@@ -49,7 +50,7 @@ def next_point(pool: Pool, tried: Sequence[Tried], rules: Rules) -> Point | None
         if nth == 0 and rules.prior is not None:
             return _expected_best(pool, taken, rules, rng)
         return _nearest(pool, wish, taken, rng)
-    return suggest(pool, tried, rng, feasibility=rules.feasibility, prior=_as_gain(rules))
+    return suggest(pool, tried, rng, feasibility=rules.feasibility, prior=_as_gain(rules), promised=rules.promised)
 
 
 def spread(lattice: Lattice, count: int, rng: np.random.Generator) -> list[Point]:

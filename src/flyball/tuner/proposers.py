@@ -74,6 +74,8 @@ class Strategy:
     seed: int = 0
     feasibility: str = "gp"  # ours only: how failures are learnt (`tuner.feasibility`)
     prior: Prediction | None = None  # ours only: what is expected of the objective before anything is measured
+    promised: tuple[Prediction, ...] = ()  # ours only: what is expected of each promise's margin
+    law: bool = False  # ours only: expect what the latency law fitted to the finished trials does (`tuner.expectation`)
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS and _by_class(self.sampler) is None:
@@ -144,7 +146,7 @@ def _ours(
 ) -> Mapping[str, Any]:
     rules = Rules(
         seed=strategy.seed, starts=strategy.starts, feasibility=strategy.feasibility, prior=strategy.prior,
-        maximise=objectives[0].maximise,
+        promised=strategy.promised, maximise=objectives[0].maximise,
     )  # fmt: skip
     point = next_point(Pool(lattice), [_tried(o, objectives) for o in seen], rules)
     if point is None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import optuna
@@ -30,6 +30,7 @@ from flyball.core.metrics import MetricsWindow
 from flyball.core.ports import LoadProgress
 from flyball.core.slo import Latency, SloBound
 from flyball.tuner import owners
+from flyball.tuner.expectation import Expectation, expectation
 from flyball.tuner.measure import Rig
 from flyball.tuner.objective import Objective, Score, failed, score
 from flyball.tuner.patience import Patience, averaged, pooled
@@ -201,6 +202,7 @@ class _Proposer(BaseSampler):
     def __init__(self, problem: Problem, strategy: Strategy) -> None:
         self._problem = problem
         self._strategy = strategy
+        self._known: tuple[tuple[int, ...], Expectation | None] = (), None  # of which trials the last law was
 
     def infer_relative_search_space(
         self,
@@ -214,8 +216,23 @@ class _Proposer(BaseSampler):
     ) -> dict[str, Any]:
         problem = self._problem
         seen = _seen(study, trial.number)
-        values = propose(problem.lattice, problem.objective, seen, self._strategy, problem.also)
+        strategy = self._informed(study) if self._strategy.law else self._strategy
+        values = propose(problem.lattice, problem.objective, seen, strategy, problem.also)
         return {name: values[name] for name in search_space}
+
+    def _informed(self, study: optuna.Study) -> Strategy:
+        """The strategy with what the law expects, unless another prediction was given; finished trials decide it."""
+        trials = history(study)
+        if self._strategy.prior is not None or len(trials) <= self._strategy.starts:
+            return self._strategy
+        key = tuple(t.number for t in trials)
+        if self._known[0] != key:
+            problem, figures = self._problem, [(t.values, t.metrics) for t in trials if t.score.failure is None]
+            self._known = key, expectation(problem.lattice, problem.objective, problem.bounds, figures)
+        expected = self._known[1]
+        if expected is None:
+            return self._strategy
+        return replace(self._strategy, prior=expected.objective, promised=expected.margins)
 
     def sample_independent(  # called by Optuna for what sample_relative left out, which is nothing
         self,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flyball.performance.fit import OperatingPoint
-from flyball.tuner.profile import export, operating_point
+from flyball.tuner.law import operating_point
+from flyball.tuner.profile import export
 from flyball.tuner.proposers import Strategy
 from flyball.tuner.study import Problem, summary
 from flyball.tuner.trials import Trial
