@@ -14,15 +14,16 @@ N           [C]       states of the head: the most that are served at once
 Q           [C]       places for those who wait
 log_mu_sum  [C, Nmax] log_mu_sum[k] = sum of log(mu(j)) for j = 1..k, k = 0..N-1; +inf past the end of a shorter row
 log_mu_last [C, 2]    that sum for k = N, and log(mu(N))
-tail        [C]       exponent of r among those who wait: 1 for exponential service, 2 / (1 + cv²) for another variation
-                      (the workload's decay; that anybody waits does not depend on it: Zhang, Dai and Zwart, Diffusion
-                      limits of limited processor sharing queues, Annals of Applied Probability 21(2), 2011)
+tail        [C]       exponent of r among the many who wait: 1 for exponential service, 2 / (1 + cv²) for another
+                      variation (the workload's decay; that anybody waits hardly depends on it: Zhang, Dai and Zwart,
+                      Diffusion limits of limited processor sharing queues, Annals of Applied Probability 21(2), 2011)
 lam         [C, R]    arrival rates
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# Where service is not exponential, fitted to simulations (docs/theory/queueing.md): the share of waits that regular
+# service saves where N is large, and the mean of the delay that it adds at N = 1, with its growth in N.
+_FEWER, _DELAY, _DELAY_GROWTH = 0.115, 0.44, 0.4
+_MOST_DELAY = 0.6  # of the mean wait, where service varies more than exponentially; there a delay is taken away
 _SERIES_BELOW = 1e-3  # |terms * log r| under which the closed form of sum(i r^i) cancels; its series is exact to 1e-9
 
 
@@ -77,9 +82,9 @@ class ServiceRates:
         )
 
     def distribution(self, lam: Floats) -> tuple[Floats, Floats]:
-        """The stationary law at one rate each [C]: p[k] for k = 0..N-1 (0 past a row's end), and log r of its tail.
+        """The stationary law at one rate each [C]: p[k] for k = 0..N-1 (0 past a row's end), and log r.
 
-        From k = N on, p[N + i] is proportional to r^i, i = 0..Q, and sums to what the head leaves.
+        What the head leaves is the chance that nobody more can be served; `backlog` tells how many wait then.
         """
         n, q = self.servers.astype(np.float64), self.places.astype(np.float64)
         log_lam, states = np.log(lam), np.arange(self.log_mu_sum.shape[1], dtype=np.float64)
@@ -90,7 +95,41 @@ class ServiceRates:
         whole = first + np.log(sums) + np.maximum(log_r, 0.0) * q
         scale = np.maximum(head.max(axis=1), whole)
         head = np.exp(head - scale[:, None])
-        return head / (head.sum(axis=1) + np.exp(whole - scale))[:, None], log_r * self.tail
+        return head / (head.sum(axis=1) + np.exp(whole - scale))[:, None], log_r
+
+
+class Backlog(NamedTuple):
+    """How many wait while nobody more can be served: i with a probability proportional to a u^i - b v^i.
+
+    That is a geometric number, and with probability p (negative: a correction the other way) a second one of mean x on
+    top. By the distributional law of Little (Keilson and Servi, Operations Research Letters 7(5), 1988) waits are then
+    exponential, some with a second exponential delay on top. Exponential service has p = 0.
+    """
+
+    log_u: Floats
+    v: Floats
+    a: Floats
+    b: Floats
+    above_a: Floats  # with an endless queue, i or more with a probability proportional to above_a u^i - above_b v^i
+    above_b: Floats
+
+
+def backlog(log_r: Floats, tail: Floats, servers: Floats) -> Backlog:
+    """The law for r = lambda / mu(N); arrays of one shape."""
+    log_u = log_r * tail
+    y = np.expm1(np.maximum(-log_u, 0.0))  # one over the mean of the first
+    p = (tail - 1) / 2
+    x = _DELAY * servers**_DELAY_GROWTH * np.exp(np.minimum(log_r, 0.0) / 2) * 2 / tail
+    x = np.where(p < 0, np.minimum(x, _MOST_DELAY / np.maximum(y, 1e-12)), x)
+    x = np.where(np.abs(x * y - 1) < 0.01, x * 1.02, x)  # of two alike the difference would vanish
+    x = np.where(p == 0, 0.0, x)
+    above_a, above_b = 1 - (1 - p) * x * y, p * x * y
+    return Backlog(log_u, x / (1 + x), above_a * (1 + x), p * x * (1 + y), above_a, above_b)
+
+
+def fewer_waits(full: Floats, tail: Floats, servers: Floats) -> Floats:
+    """By what factor the chance to wait differs from that under exponential service (M/G/1: not at all)."""
+    return 1 - _FEWER * (1 - 1 / servers) * (tail - 1) * (1 - full)
 
 
 def geometric_sums(log_r: Floats, terms: Floats) -> tuple[Floats, Floats]:
@@ -141,17 +180,28 @@ def occupancy(service: ServiceRates, lam: Floats) -> Occupancy:
     tail = np.exp(tail - scale)
 
     tail_sum, tail_open, tail_waiting = _tail_sums(log_r, q)
-    bent = service.tail[:, None] != 1
-    if bent.any():  # as many are there as with exponential service, but spread otherwise
-        own_sum, own_open, own_waiting = _tail_sums(log_r * service.tail[:, None], q)
-        tail_open = np.where(bent, tail_sum * (own_open / own_sum), tail_open)
-        tail_waiting = np.where(bent, tail_sum * (own_waiting / own_sum), tail_waiting)
-
     total = head_sum + tail * tail_sum
+    full = tail * tail_sum / total
+    bent = service.tail != 1
+    if bent.any():  # as often nobody more can be served as with exponential service, but others wait
+        own, most = service.tail[bent, None], n[bent]
+        own_open, own_waiting = _bent(log_r[bent], own, most, q[bent])
+        tail_open[bent] = tail_sum[bent] * own_open
+        tail_waiting[bent] = tail_sum[bent] * own_waiting * fewer_waits(full[bent], own, most)
     return Occupancy(
         in_service=(head_mean + n * tail * tail_sum) / total,
         waiting=tail * tail_waiting / total,
         accepted=(head_sum + tail * tail_open) / total,
         idle=np.exp(-scale) / total,
-        full=tail * tail_sum / total,
+        full=full,
     )
+
+
+def _bent(log_r: Floats, tail: Floats, n: Floats, q: Floats) -> tuple[Floats, Floats]:
+    """While nobody more can be served: the chance of a place to wait, and how many wait."""
+    law = backlog(log_r, np.broadcast_to(tail, log_r.shape), np.broadcast_to(n, log_r.shape))
+    first = _tail_sums(law.log_u, q)
+    second = _tail_sums(np.log(np.maximum(law.v, 1e-300)), q)
+    scale = law.b * np.exp(-np.maximum(law.log_u, 0.0) * q)  # the first's sums are relative to its largest term
+    every, but_last, weighted = (law.a * f - scale * s for f, s in zip(first, second, strict=True))
+    return but_last / every, weighted / every

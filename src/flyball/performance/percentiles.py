@@ -1,15 +1,17 @@
 """Percentiles of TTFT, ITL and E2E: what a request goes through, sampled evenly from the chain's stationary law.
 
 A request that comes finds k others with the chain's own probability (Poisson arrivals see time averages: Wolff, 1982).
-With a place in the batch it starts at once, k + 1 in service; else it waits for k - N + 1 to leave, each after an
-exponential time of mean 1 / mu(N), so its wait is an Erlang variable. Its prefill takes what the batch it joins makes
-it take. Over its decode steps the batch moves on from there: the speed 1 / gap is an Ornstein-Uhlenbeck process
-with the mean and variance that requests in service see, and the batch's own time of relaxation. The points are a fixed
-quasi-random set, so the same question always has the same answer. Checked against a simulation of the requests
-(`flyball.performance.requests`) in benchmarks/percentiles.py; limits: docs/theory/queueing.md.
+With a place in the batch it starts at once, k + 1 in service; else it waits for k - N + 1 to leave: a gamma variable of
+that shape, with means that satisfy Little's law whatever the law of how many wait (`backlog`; with exponential service,
+1 / mu(N) for each that leaves). Its prefill takes what the batch it joins makes it take. Over its decode steps the
+batch moves on from there: the speed 1 / gap is an Ornstein-Uhlenbeck process with the mean and variance that requests
+in service see, and the batch's own time of relaxation. The points are a fixed quasi-random set, some for those who
+start at once and some for those who wait, each with its weight, so the same question always has the same answer.
+Checked against a simulation of the requests (`flyball.performance.requests`) in benchmarks/percentiles.py; limits:
+docs/theory/queueing.md.
 
 symbol   shape   meaning
-S                points
+S                points; weight [S] of each
 k        [S]     requests that one finds
 W        [S]     wait, s
 v        [S]     steps per second of one's own decode; vbar, var: mean and variance that a request in service sees
@@ -26,11 +28,11 @@ import numpy as np
 from scipy.special import gammaincinv, ndtri
 
 from flyball.core.errors import InvalidInput
-from flyball.numerics.markov import Floats
+from flyball.numerics.markov import Backlog, Floats, backlog, fewer_waits
 from flyball.numerics.quasirandom import kronecker
 from flyball.performance.queueing import Anatomy, Dissectable, Queues
 
-POINTS = 4096
+AT_ONCE, WAITING = 3072, 1024  # points
 LEVELS = (50.0, 90.0, 99.0)
 _ROUNDS = 6  # of the fixed point for the time that decode steps take
 _IDLE_RPS = 1e-9  # stands for no load
@@ -70,29 +72,49 @@ def percentiles(queues: Queues, rates_rps: Floats, levels: Sequence[float] = LEV
     admitted = np.maximum(rates_rps * accepted, _IDLE_RPS).tolist()
     seen = [row.requests(rate) for row, rate in zip(rows, admitted, strict=True)]
     gaps = [row.gaps(levels) for row in rows]
-    ttft, e2e = np.array([s[0] for s in seen]), np.array([s[1] for s in seen])
+    ttft, e2e, weights = (np.array([s[i] for s in seen]) for i in range(3))
     itl, mean_itl = np.array([g[0] for g in gaps]), np.array([g[1] for g in gaps])
     if not anatomy.first_decoded:  # what that reading adds (rest of a step, bursts) is added on average
-        ttft += np.maximum(means.ttft_s - ttft.mean(axis=1), 0.0)[:, None]
-        e2e += np.maximum(means.response_s - e2e.mean(axis=1), 0.0)[:, None]
+        ttft += np.maximum(means.ttft_s - (weights * ttft).sum(axis=1), 0.0)[:, None]
+        e2e += np.maximum(means.response_s - (weights * e2e).sum(axis=1), 0.0)[:, None]
         longer = np.maximum(means.itl_s / np.where(mean_itl > 0, mean_itl, np.inf), 1.0)
         itl, mean_itl = itl * longer[:, None], mean_itl * longer
     return Percentiles(
-        ttft_s=np.percentile(ttft, levels, axis=1).T,
+        ttft_s=_weighted(ttft, weights, levels),
         itl_s=itl,
-        e2e_s=np.percentile(e2e, levels, axis=1).T,
-        mean_ttft_s=ttft.mean(axis=1),
+        e2e_s=_weighted(e2e, weights, levels),
+        mean_ttft_s=(weights * ttft).sum(axis=1),
         mean_itl_s=mean_itl,
-        mean_e2e_s=e2e.mean(axis=1),
+        mean_e2e_s=(weights * e2e).sum(axis=1),
     )
+
+
+def _weighted(values: Floats, weights: Floats, levels: Sequence[float]) -> Floats:
+    """[C, L] Percentiles of [C, S] values."""
+    order = np.argsort(values, axis=1)
+    sorted_weights = np.take_along_axis(weights, order, axis=1)
+    below = np.cumsum(sorted_weights, axis=1) - sorted_weights / 2
+    rows = zip(np.array(levels) / 100 * np.ones((len(values), 1)), below, values, order, strict=True)
+    return np.array([np.interp(at, share, row[o]) for at, share, row, o in rows])
+
+
+@lru_cache(maxsize=1)
+def _points() -> Floats:
+    """[S, 5] In either part, every coordinate takes evenly spaced values."""
+
+    def even(count: int) -> Floats:
+        ranks = kronecker(count, 5).argsort(axis=0).argsort(axis=0)
+        return np.asarray((ranks + 0.5) / count, dtype=np.float64)
+
+    return np.concatenate((even(AT_ONCE), even(WAITING)))
 
 
 @lru_cache(maxsize=64)
 def _lengths(cv: float, column: int) -> Floats:
     """[S] Lengths relative to their mean, gamma distributed (cv 1: exponential; 0: all equal)."""
-    u = kronecker(POINTS, 5)[:, column]
+    u = _points()[:, column]
     if cv == 0:
-        return np.ones(POINTS)
+        return np.ones(len(u))
     shape = cv**-2
     return np.asarray(gammaincinv(shape, u) / shape, dtype=np.float64)
 
@@ -109,6 +131,7 @@ class _Row:
     first_decoded: bool
     cv: tuple[float, float]
     places: int
+    tail: float  # see ServiceRates
     log_r: float
     leaving_rps: float  # mu(N)
 
@@ -125,47 +148,55 @@ class _Row:
             first_decoded=a.first_decoded,
             cv=(float(a.input_cv[c]), float(a.output_cv[c])),
             places=int(a.service.places[c]),
+            tail=float(a.service.tail[c]),
             log_r=log_r,
             leaving_rps=float(np.exp(a.service.log_mu_last[c, 1])),
         )
 
-    def requests(self, admitted_rps: float) -> tuple[Floats, Floats]:
-        """[S] TTFT and [S] E2E of admitted requests."""
-        u = kronecker(POINTS, 5)
-        entered, wait = self._entry(u[:, 0], u[:, 1])
-        prompt, answer = _lengths(self.cv[0], 2), _lengths(self.cv[1], 3)
-        prefill = self.shared[entered] + self.own[entered] * prompt
-        first = wait + prefill
-        decode = self._decode(entered, self.decodes * answer, ndtri(u[:, 4]), admitted_rps)
-        if self.first_decoded and self.decodes:
-            return first + self.gap[entered], first + decode
-        return first, first + decode
-
-    def _entry(self, u: Floats, v: Floats) -> tuple[Floats, Floats]:
-        """The batch (less 1) that a request joins, and its wait."""
+    def requests(self, admitted_rps: float) -> tuple[Floats, Floats, Floats]:
+        """[S] TTFT and [S] E2E of admitted requests, and [S] weights of them."""
+        u = _points()
+        found, waits = np.split(u[:, 0], [AT_ONCE])
         n = len(self.gap)
         head = np.cumsum(self.batch[:n])
-        turned_away = self._tail_share(self.places) * self.batch[n]
-        at = u * (1 - turned_away)
-        entered = np.searchsorted(head, at, side="right")
-        wait = np.zeros(len(u))
-        late = entered >= n
-        if late.any():
-            inside = (at[late] - head[-1]) / max(self.batch[n] - turned_away, 1e-300)
-            ahead = self._position(np.clip(inside, 0.0, 1 - 1e-12))
-            wait[late] = gammaincinv(ahead + 1.0, v[late]) / self.leaving_rps
-        return np.minimum(entered, n - 1), wait
+        entered = np.searchsorted(head / head[-1], found, side="right")
+        entered = np.minimum(np.append(entered, np.full(WAITING, n - 1)), n - 1)
+        wait, late = self._wait(waits, u[AT_ONCE:, 1])
+        prompt, answer = _lengths(self.cv[0], 2), _lengths(self.cv[1], 3)
+        first = np.append(np.zeros(AT_ONCE), wait) + self.shared[entered] + self.own[entered] * prompt
+        decode = self._decode(entered, self.decodes * answer, ndtri(u[:, 4]), admitted_rps)
+        weights = np.repeat(((1 - late) / AT_ONCE, late / WAITING), (AT_ONCE, WAITING))
+        ttft = first + self.gap[entered] if self.first_decoded and self.decodes else first
+        return ttft, first + decode, weights
 
-    def _tail_share(self, i: int) -> float:
-        """p[N + i] over the sum of the tail."""
-        powers = np.exp(self.log_r * np.arange(self.places + 1.0) - max(self.log_r, 0.0) * self.places)
-        return float(powers[i] / powers.sum())
+    def _wait(self, u: Floats, v: Floats) -> tuple[Floats, float]:
+        """Waits of those who do, and the share of admitted requests that do."""
+        full = np.asarray(self.batch[-1])
+        if not self.places:
+            return np.zeros(len(u)), 0.0
+        log_r, tail, servers = (np.asarray(x, dtype=np.float64) for x in (self.log_r, self.tail, len(self.gap)))
+        law = backlog(log_r, tail, servers)
+        i, log_v = np.arange(self.places + 1.0), np.log(np.maximum(law.v, 1e-300))
+        top = max(float(law.log_u), 0.0) * self.places
+        chance = law.a * np.exp(law.log_u * i - top) - law.b * np.exp(log_v * i - top)
+        room = float(chance[:-1].sum() / chance.sum())
+        late = float(full * fewer_waits(full, tail, servers)) * room
+        ahead = np.searchsorted(np.cumsum(chance[:-1]) / chance[:-1].sum(), u, side="right")
+        ahead = np.minimum(ahead, self.places - 1)
+        wait = gammaincinv(ahead + 1.0, v) * (self._until_s(law, log_v) / (i[:-1] + 1))[ahead]
+        return wait, late / (1 - float(full) * (1 - room))
 
-    def _position(self, u: Floats) -> Floats:
-        """How many wait already, geometric on 0..Q - 1."""
-        powers = np.exp(self.log_r * np.arange(self.places, dtype=np.float64) - max(self.log_r, 0.0) * self.places)
-        found: Floats = np.searchsorted(np.cumsum(powers) / powers.sum(), u, side="right").astype(np.float64)
-        return found
+    def _until_s(self, law: Backlog, log_v: Floats) -> Floats:
+        """[Q] Mean wait with i ahead: each leaves after P(more than j wait) / P(j or more) / lambda, j = 0..i.
+
+        So the mean over all is what Little's law says of an endless queue. Overloaded, each leaves after 1 / mu(N).
+        """
+        if self.log_r >= 0:
+            return np.arange(1.0, self.places + 1) / self.leaving_rps
+        i, top = np.arange(self.places + 1.0), max(float(law.log_u), float(log_v))
+        above = law.above_a * np.exp((law.log_u - top) * i) - law.above_b * np.exp((log_v - top) * i)
+        each = np.exp(top - self.log_r) / self.leaving_rps * above[1:] / above[:-1]
+        return np.asarray(np.cumsum(each), dtype=np.float64)
 
     def _decode(self, entered: Floats, steps: Floats, z: Floats, admitted_rps: float) -> Floats:
         """[S] Time that so many decode steps take."""

@@ -212,10 +212,10 @@ def _parts(life: Life, batch: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _tail(life: Life, r: Replicas) -> Floats:
-    """[C] 2 / (1 + cv²) of a life in a full batch; 1 (an exponential life) where no variation is stated."""
+    """[C] 2 / (1 + cv²) of a life in a full batch; 1 (an exponential life) where no variation of answers is stated."""
     shared, own, gap = (v[:, 0] for v in _parts(life, r.max_batch[:, None].astype(np.float64)))
     decode = life.d[:, 0] * gap
-    variance = np.square(decode * r.output_cv) + np.square(own * r.input_cv)
+    variance = np.square(decode * r.output_cv) + np.square(own * np.nan_to_num(r.input_cv))
     tail: Floats = 2 / (1 + variance / np.square(shared + own + decode))
     return np.where(np.isnan(tail), 1.0, tail)
 

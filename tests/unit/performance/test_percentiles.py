@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -16,13 +18,14 @@ LEVELS = (50.0, 90.0, 99.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "cv"), [(0.6, (0.0, 1.0)), (0.6, (0.8, 0.6))])
+@pytest.mark.skipif(not shutil.which("g++"), reason="the simulation is C++")
+@pytest.mark.parametrize(("share", "cv"), [(0.6, (0.8, 0.6)), (0.8, (0.0, 0.0)), (0.8, (0.0, 1.0))])
 def test_percentiles_are_those_of_simulated_requests(share: float, cv: tuple[float, float]) -> None:
     """P50, P90 and P99 of TTFT, ITL and E2E within 10 %, means within 3 % (all cases: benchmarks/percentiles.py)."""
     queues = LAW.prepare(Replicas.of(**ONE, max_batch=12, input_cv=cv[0], output_cv=cv[1]))
     rate = share * queues.capacity_rps
     ours = percentiles(queues, rate, LEVELS)
-    seen = simulate(queues.anatomy(), 0, float(rate[0]), 150_000, np.random.default_rng(4))  # type: ignore[attr-defined]
+    seen = simulate(queues.anatomy(), 0, float(rate[0]), 1_500_000, np.random.default_rng(4))  # type: ignore[attr-defined]
     assert ours.ttft_s[0] == pytest.approx(np.percentile(seen.ttft_s, LEVELS), rel=0.1)
     assert ours.e2e_s[0] == pytest.approx(np.percentile(seen.e2e_s, LEVELS), rel=0.1)
     assert ours.itl_s[0] == pytest.approx(seen.gap_percentiles(LEVELS), rel=0.1)
@@ -42,6 +45,22 @@ def test_m_m_1_waits_are_the_textbook_s() -> None:
     free = 0.3 * queues.capacity_rps[0]
     assert seen.e2e_s[0] == pytest.approx(-np.log(1 - np.array(LEVELS) / 100) / free, rel=0.03)
     assert seen.mean_e2e_s[0] == pytest.approx(1 / free, rel=0.02)
+
+
+@pytest.mark.parametrize("cv", [0.0, 0.6, 1.0, 1.5])
+def test_m_g_1_waits_are_pollaczek_and_khinchine_s(cv: float) -> None:
+    """One at a time, a long queue: mean waits grow with the variation of lengths as the textbook says, within 4 %."""
+    one = Replicas.of(
+        alpha_s=0.01, beta_s=0.0, gamma_s=0.0, input_tokens=0, output_tokens=500, max_batch=1, max_queue=2000,
+        output_cv=cv,
+    )  # fmt: skip
+    queues = LAW.prepare(one)
+    for load in (0.5, 0.7, 0.9):
+        rate = load * queues.capacity_rps
+        exact = load / (1 - load) * (1 + cv**2) / 2 / queues.capacity_rps
+        assert queues.analyze(rate).wait_s == pytest.approx(exact, rel=0.04)
+        seen = percentiles(queues, rate)
+        assert seen.mean_e2e_s == pytest.approx(exact + 1 / queues.capacity_rps, rel=0.03)
 
 
 def test_an_idle_replica_varies_in_lengths_only() -> None:
