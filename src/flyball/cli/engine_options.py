@@ -23,7 +23,7 @@ Quantization = Annotated[
     Literal["int8_dynamic", "int8", "int4", "fp8", "nf4"] | None,
     typer.Option(help="Keep the weights of linear layers in this format; default: as the checkpoint has them."),
 ]
-QuantizeHead = Annotated[bool, typer.Option(help="Quantise the output layer as well, in int8.")]
+QuantizeHead = Annotated[bool, typer.Option(help="Quantise the output layer and the embedding as well, in int8.")]
 DraftModel = Annotated[
     Path | None,
     typer.Option(help="Folder of a small model with the same tokenizer, which guesses tokens; the bundled model's own "

@@ -35,7 +35,7 @@ class EngineConfig:
     threads: int | None = None  # CPU threads of the engine; None: as torch decides
     kernels: Literal["auto", "compiled", "torch"] = "auto"  # auto: compiled where model and machine allow, else torch
     quantization: Quantization | None = None  # of weights, as they are loaded; None: as the checkpoint has them
-    quantize_head: bool = False  # the output layer as well, in int8
+    quantize_head: bool = False  # the output layer and the embedding as well, in int8
     draft_model: Path | None = None  # a small model with the same tokenizer, which guesses tokens
     medusa_heads: Path | None = None  # heads trained on this model, which guess tokens
     spec_method: Method = "off"  # of guessing, at first; the live knob of the same name changes it

@@ -73,7 +73,7 @@ _WHY = {
     "model": "the folder of the checkpoint",
     "device": "where weights and KV are",
     "quantization": "format of the weights of linear layers; none: as the checkpoint has them",
-    "quantize_head": "whether quantization takes in the output layer, in int8",
+    "quantize_head": "whether quantization takes in the output layer and the embedding, in int8",
     "block_size": "tokens in a KV block: smaller ones waste less at a request's end, larger ones cost less bookkeeping",
     "draft_model": "the folder of the small model that guesses tokens, if any",
     "medusa_heads": "the folder of the heads that guess tokens, if any",

@@ -30,7 +30,7 @@ from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel
 from flyball.engine.cpu.quantized import FORMATS, QuantizedFusedModel
 from flyball.engine.quantization.files import METHOD, load_quantized
-from flyball.engine.quantization.walk import quantization_config, quantization_of, quantize_loaded
+from flyball.engine.quantization.walk import parameter_count, quantization_config, quantization_of, quantize_loaded
 from flyball.engine.scheduler import Scheduled
 
 # Decode rows are sorted by length and cut where padding would exceed this share of the gathered positions.
@@ -66,7 +66,7 @@ class ModelRunner:
         self.device = config.device
         self.block_size = config.block_size
         self.num_blocks = pool_blocks(config, self.shape.block_bytes(config.block_size), self.shape.max_positions)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.parameters = parameter_count(self.model)
         s = self.shape
         self.cache = PagedTensors(
             s.layers, self.num_blocks, config.block_size, s.kv_heads, s.head_dim, s.dtype, config.device

@@ -115,6 +115,27 @@ def test_a_row_is_the_same_alone_and_in_company(kernels: ctypes.CDLL, kind: Quan
     assert kept
 
 
+@pytest.mark.parametrize("how", ["compiled", "torch"])
+def test_weights_are_counted_to_the_byte(kernels: ctypes.CDLL, checkpoint: Path, how: str) -> None:
+    """Codes, scales, 8 bits for the output layer and the embedding, norms and rotary tables: nothing else stays."""
+    del kernels
+    core = EngineCore(EngineConfig(model=checkpoint, quantization="int4", quantize_head=True, kernels=how, threads=1))  # type: ignore[arg-type]
+    layers, vocab, hidden, inner, groups = 2, 90, 64, 80, 1
+    rows = {"qkv": 128, "o": 64, "gate_up": 160, "down": 64}
+    codes = sum(n * (inner if name == "down" else hidden) // 2 for name, n in rows.items())
+    scales = 4 * groups * sum(rows.values())
+    eight = vocab * (hidden + 4)
+    kept = core.runner.weight_bytes
+    if how == "compiled":
+        padded = 96 * (hidden + 4)  # columns come in panels of 16
+        tables = 2 * 128 * 32 * 4
+        assert kept == layers * (codes + scales + 2 * hidden * 4) + eight + padded + hidden * 4 + tables
+    else:
+        rotary = sum(b.nbytes for b in core.runner.model.model.rotary_emb.buffers())
+        assert kept - rotary == layers * (codes + scales + 2 * hidden * 2) + 2 * eight + hidden * 2
+    assert core.runner.parameters == 2 * vocab * hidden + layers * (2 * codes + 2 * hidden) + hidden
+
+
 def test_alone_and_in_company_the_same_tokens(kernels: ctypes.CDLL, checkpoint: Path) -> None:
     """int8_dynamic scales each row by itself: an answer does not depend on who else is in the step, bit for bit."""
     del kernels

@@ -36,7 +36,8 @@ class _Model(ctypes.Structure):
                                               "vocab", "block_size")),
         ("eps", ctypes.c_float),
         ("scaling", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "cos", "sin", "layer")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "norm", "head", "cos", "sin", "layer",
+                                               "embedding_scales")),
     )  # fmt: skip
 
 
@@ -68,11 +69,12 @@ class FusedModel:
         cos, sin = _rotary_tables(decoder, positions)
         head_dim = cos.shape[-1]
         self.vocab = model.lm_head.out_features
+        embedding, embedding_scales = self._embedding(decoder.embed_tokens)
         self._model = _Model(
             layers=len(layers), hidden=config.hidden_size, heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads, head_dim=head_dim, intermediate=config.intermediate_size,
             vocab=self.vocab, block_size=cache.block_size, eps=config.rms_norm_eps, scaling=head_dim**-0.5,
-            embedding=self._pointer(decoder.embed_tokens.weight), norm=self._pointer(self._norm),
+            embedding=embedding, embedding_scales=embedding_scales, norm=self._pointer(self._norm),
             head=self._matrix(model.lm_head), cos=self._pointer(cos), sin=self._pointer(sin),
             layer=ctypes.addressof(layers),
         )  # fmt: skip
@@ -172,6 +174,10 @@ class FusedModel:
             values=cache.values[index].data_ptr(),
             window=window or 0,
         )
+
+    def _embedding(self, table: Any) -> tuple[int, int | None]:  # noqa: ANN401  # untyped library
+        """Where the rows of the embedding are, and where their scales are, if they have any."""
+        return self._pointer(table.weight), None
 
     def _matrix(self, *layers: Any, gated: bool = False) -> int:  # noqa: ANN401  # untyped library
         """What the kernels read the weights of some layers, one below the other, from."""

@@ -40,6 +40,10 @@ inline __m512 load_bf16(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 
+inline __m512 rounded(__m512 x) {  // to what bfloat16 can hold
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
 inline void store_bf16(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 // exp by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6; relative error below 1e-6.
@@ -234,11 +238,12 @@ struct FbLayer {
 struct FbModel {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, block_size;
     float eps, scaling;
-    const bf16* embedding;        // [vocab, hidden]
+    const void* embedding;        // [vocab, hidden] bf16, or int8 where it has scales
     const float* norm;            // [hidden]
     const bf16* head;             // packed [hidden, vocab]
     const float *cos, *sin;       // [positions, D]
     const FbLayer* layer;
+    const float* embedding_scales;  // [vocab] or null
 };
 
 struct FbStep {
@@ -317,10 +322,21 @@ struct Job {
     }
 
     void embed(int64_t chunk) const {
-        for (int64_t row = chunk * ROWS; row < std::min(step.tokens, (chunk + 1) * ROWS); ++row)
-            for (int64_t i = 0; i < m.hidden; i += 16)
-                _mm512_storeu_ps(residual + row * m.hidden + i,
-                                 load_bf16(m.embedding + (int64_t)step.ids[row] * m.hidden + i));
+        for (int64_t row = chunk * ROWS; row < std::min(step.tokens, (chunk + 1) * ROWS); ++row) {
+            const int64_t id = step.ids[row], from = id * m.hidden;
+            float* out = residual + row * m.hidden;
+            if (m.embedding_scales) {
+                const __m512 scale = _mm512_set1_ps(m.embedding_scales[id]);
+                for (int64_t i = 0; i < m.hidden; i += 16) {
+                    const __m128i codes = _mm_loadu_si128((const __m128i*)((const int8_t*)m.embedding + from + i));
+                    const __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), scale);
+                    _mm512_storeu_ps(out + i, rounded(v));
+                }
+            } else {
+                for (int64_t i = 0; i < m.hidden; i += 16)
+                    _mm512_storeu_ps(out + i, load_bf16((const bf16*)m.embedding + from + i));
+            }
+        }
     }
 
     // Norm `rows` rows of the residual stream (those that `which` names) and multiply by a packed weight.

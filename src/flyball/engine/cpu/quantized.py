@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flyball.engine.cpu.build import KernelsUnavailable
 from flyball.engine.cpu.fused import FusedModel, Step
+from flyball.engine.quantization.embedding import QuantizedEmbedding
 from flyball.engine.quantization.floating import Nf4Quantizer
 from flyball.engine.quantization.formats import QuantizationType, unpack_nibbles
 from flyball.engine.quantization.linear import QuantizedLinear
@@ -48,6 +49,11 @@ class QuantizedFusedModel(FusedModel):
     def _output(self, x: Tensor, logits: Tensor) -> None:
         m = self._model
         self._kernels.fq_linear(x.data_ptr(), len(x), m.hidden, m.head, m.vocab, logits.data_ptr(), self._threads)
+
+    def _embedding(self, table: Any) -> tuple[int, int | None]:  # noqa: ANN401  # untyped library
+        if isinstance(table, QuantizedEmbedding):
+            return self._pointer(table.codes), self._pointer(table.scales)
+        return super()._embedding(table)
 
     def _matrix(self, *layers: Any, gated: bool = False) -> int:  # noqa: ANN401  # untyped library
         if isinstance(layers[0], QuantizedLinear):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flyball.core.errors import InvalidInput
+from flyball.engine.quantization.embedding import QuantizedEmbedding
 from flyball.engine.quantization.formats import QuantizationConfig
 from flyball.engine.quantization.linear import QuantizedLinear
 from flyball.engine.quantization.walk import replace_by_empty
@@ -38,7 +39,8 @@ def describe_layers(model: nn.Module) -> dict[str, Any]:
                 groups.append({"config": config, "layers": [name]})
             else:
                 group["layers"].append(name)
-    return {"quant_method": METHOD, "groups": groups}
+    embedding = any(isinstance(layer, QuantizedEmbedding) for layer in model.modules())
+    return {"quant_method": METHOD, "groups": groups, "int8_embedding": embedding}
 
 
 def layer_configs(described: Mapping[str, Any]) -> dict[str, QuantizationConfig]:
@@ -76,6 +78,9 @@ def save_quantized(model: nn.Module, source: Path, out: Path) -> int:
 def load_quantized(path: Path, model: Any, described: Mapping[str, Any]) -> None:  # noqa: ANN401  # untyped library
     """Fill a model of the right architecture, whatever its weights are, from a folder that `save_quantized` wrote."""
     replace_by_empty(model, layer_configs(described))
+    if described.get("int8_embedding"):
+        table = model.get_input_embeddings()
+        model.set_input_embeddings(QuantizedEmbedding(table.num_embeddings, table.embedding_dim, table.weight.dtype))
     try:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flyball.core.errors import InvalidInput
+from flyball.engine.quantization.embedding import QuantizedEmbedding, quantize_embedding
 from flyball.engine.quantization.formats import QuantizationConfig, QuantizationType
 from flyball.engine.quantization.linear import QuantizedLinear
 
@@ -78,9 +79,10 @@ def quantize_model(
 
 
 def quantize_loaded(model: nn.Module, quantization: str, *, head: bool) -> QuantizationReport:
-    """Quantise a model under the defaults of a format; `head` takes in the output layer, as int8.
+    """Quantise a model under the defaults of a format; `head` takes in the output layer and the embedding, as int8.
 
-    The output layer decides between neighbours, so that it is kept in 8 bits also where all else has 4.
+    The output layer decides between neighbours, so that it is kept in 8 bits also where all else has 4; so is the
+    embedding, of which a step reads some rows only: it counts as memory, not as time.
     Raises InvalidInput for a model that is quantised already.
     """
     already = quantization_of(model)
@@ -93,8 +95,16 @@ def quantize_loaded(model: nn.Module, quantization: str, *, head: bool) -> Quant
     kind = QuantizationType(quantization)
     kind = kind if kind is QuantizationType.INT8_DYNAMIC else QuantizationType.INT8
     body = ("model.*", "transformer.*")
+    quantize_embedding(model)
     top = quantize_model(model, QuantizationConfig(quantization_type=kind), skip=body)
     return QuantizationReport(report.layers + top.layers, ())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of a model, however many bits each is kept in."""
+    narrow = [m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear)]
+    narrow += [m.codes.numel() for m in model.modules() if isinstance(m, QuantizedEmbedding)]
+    return sum(narrow) + sum(p.numel() for p in model.parameters())
 
 
 def quantization_of(model: nn.Module) -> str | None:

@@ -15,12 +15,13 @@ from flyball.core.errors import InvalidInput
 from flyball.engine.config import EngineConfig
 from flyball.engine.core import EngineCore
 from flyball.engine.model_runner import load_model
+from flyball.engine.quantization.embedding import quantize_embedding
 from flyball.engine.quantization.files import load_quantized, save_quantized
 from flyball.engine.quantization.formats import QuantizationConfig, QuantizationType
 from flyball.engine.quantization.gptq import Moments, calibrate, gptq, load_for_calibration, text_windows
 from flyball.engine.quantization.integer import Int4Quantizer
 from flyball.engine.quantization.linear import QuantizedLinear
-from flyball.engine.quantization.walk import quantize_model
+from flyball.engine.quantization.walk import quantize_loaded, quantize_model
 from flyball.engine.request import SamplingParams
 
 KINDS = list(QuantizationType)
@@ -130,6 +131,23 @@ def test_int8_hardly_changes_the_logits_and_takes_the_head_when_told(checkpoint:
     assert (plain(ids).logits - wanted).norm() < 0.05 * wanted.norm()
     core = EngineCore(EngineConfig(model=checkpoint, threads=1, num_blocks=32, quantization="int4", quantize_head=True))
     assert core.runner.model.lm_head.config.quantization_type == "int8"
+
+
+def test_a_quantised_embedding_gives_its_rows_and_goes_to_disk(checkpoint: Path, tmp_path: Path) -> None:
+    """Each row is off by at most half its own step; a folder holds it; a table of another kind is left alone."""
+    model = load_for_calibration(checkpoint)
+    table = model.get_input_embeddings().weight.clone()
+    quantize_loaded(model, "int4", head=True)
+    ids = torch.tensor([[3, 7], [0, 3]])
+    rows, wanted = model.get_input_embeddings()(ids), table[ids]
+    assert bool(((rows - wanted).abs() <= wanted.abs().amax(-1, keepdim=True) / 254 * 1.001).all())
+    save_quantized(model, checkpoint, tmp_path / "out")
+    loaded = EngineCore(EngineConfig(model=tmp_path / "out", threads=1, num_blocks=32))
+    fresh = EngineCore(
+        EngineConfig(model=checkpoint, threads=1, num_blocks=32, quantization="int4", quantize_head=True)
+    )
+    assert loaded.generate([PROMPT], GREEDY) == fresh.generate([PROMPT], GREEDY)
+    assert not quantize_embedding(model)
 
 
 def test_what_is_quantised_already_is_refused(checkpoint: Path, tmp_path: Path) -> None:
