@@ -6,9 +6,10 @@ An HPA takes `wva_desired_replicas{variant_name, exported_namespace}` with a tar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from flyball.core.observation import ServerView
 from flyball.planner.cycle import Turn
@@ -17,11 +18,23 @@ _LABELS = ("variant_name", "namespace", "accelerator_type")
 
 
 class FleetMetrics:
-    """A registry that tells the last turn; `record` after each."""
+    """A registry that tells the last turn; `record` after each.
 
-    def __init__(self, namespaces: Mapping[str, str] | None = None) -> None:
+    A variant is a server, or where `variants` names them by server and accelerator, the object that is scaled: what an
+    HPA written for llm-d asks for.
+    """
+
+    def __init__(
+        self,
+        namespaces: Mapping[str, str] | None = None,
+        *,
+        namespace: str = "",
+        variants: Mapping[tuple[str, str], str] | None = None,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._namespaces = namespaces or {}  # by server
+        self._namespace = namespace  # of all others
+        self._variants = variants or {}
         self._before: dict[tuple[str, str], int] = {}
 
         def gauge(name: str, doc: str, labels: tuple[str, ...] = _LABELS) -> Gauge:
@@ -65,7 +78,7 @@ class FleetMetrics:
             return
         self._models.set(len(told.decision.explanations))
         for name, explained in told.decision.explanations.items():
-            at = name, self._namespaces.get(name, "")
+            at = name, self._namespaces.get(name, self._namespace)
             self._held.labels(*at).set(explained.held)
             self._cost.labels(*at).set(explained.cost_per_h)
             if "held back" in " ".join(told.decision.reasons.get(name, ())):
@@ -75,7 +88,8 @@ class FleetMetrics:
                 self._count(name, accelerator, count, told.state.servers.get(name), explained.binding)
 
     def _count(self, name: str, accelerator: str, count: int, view: ServerView | None, why: str) -> None:
-        at = name, self._namespaces.get(name, ""), accelerator
+        variant = self._variants.get((name, accelerator), name)
+        at = variant, self._namespaces.get(name, self._namespace), accelerator
         have = 0 if view is None else sum(
             r.accelerator == accelerator and r.phase != "draining" for r in view.replicas
         )  # fmt: skip
@@ -85,7 +99,7 @@ class FleetMetrics:
         before = self._before.get((name, accelerator), have)
         if count != before:
             reason = "capped" if "in use" in why else "demand"
-            self._scaling.labels(name, at[1], "up" if count > before else "down", reason).inc()
+            self._scaling.labels(variant, at[1], "up" if count > before else "down", reason).inc()
         self._before[name, accelerator] = count
 
     def _capacity(self, at: tuple[str, str], figures: Mapping[str, float], view: ServerView | None) -> None:
@@ -104,3 +118,29 @@ class FleetMetrics:
     def exposition(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class FleetsMetrics(Collector):
+    """The metrics of several fleets in one registry, told apart by the label `fleet`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        self._fleets: dict[str, FleetMetrics] = {}
+
+    def put(self, fleet: str, metrics: FleetMetrics) -> None:
+        """Tell a fleet's metrics from now on, in place of those it had."""
+        self._fleets[fleet] = metrics
+
+    def forget(self, fleet: str) -> None:
+        """A fleet is no longer governed: what was wanted of it last is no advice."""
+        self._fleets.pop(fleet, None)
+
+    def collect(self) -> Iterable[Metric]:
+        """Every metric once, with the samples of all fleets."""
+        found: dict[str, Metric] = {}
+        for fleet, metrics in sorted(self._fleets.items()):
+            for one in metrics.registry.collect():
+                into = found.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+                into.samples += [s._replace(labels={**s.labels, "fleet": fleet}) for s in one.samples]
+        return found.values()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import httpx
+import httpx2
 from lightkube import ApiError, Client
 from lightkube.generic_resource import create_namespaced_resource
 from lightkube.resources.apps_v1 import Deployment
@@ -74,7 +74,7 @@ class KubernetesCluster:
                     _KINDS[target.kind].Scale, target.name, {"spec": {"replicas": count}}, namespace=self._namespace,
                     patch_type=PatchType.MERGE, field_manager=FIELD_MANAGER,
                 )  # fmt: skip
-        except (ApiError, httpx.HTTPError) as error:
+        except (ApiError, httpx2.HTTPError) as error:
             raise ActuationFailed(f"cannot scale {target.kind} {target.name} to {count}: {error}") from None
 
     def _replicas(self, target: ScaleTarget) -> int:
@@ -86,7 +86,7 @@ class KubernetesCluster:
         """What the targets' `spec.replicas` say."""
         try:
             return {t.accelerator: self._replicas(t) for t in self._targets.get(server, ())}
-        except (ApiError, httpx.HTTPError) as error:
+        except (ApiError, httpx2.HTTPError) as error:
             raise ObservationFailed(f"cannot read the scale targets of {server!r}: {error}") from None
 
     def replicas(self, server: str) -> list[KnownReplica]:
@@ -104,7 +104,7 @@ class KubernetesCluster:
                     )
                     for k in range(self._replicas(target) - active)
                 ]  # fmt: skip
-        except (ApiError, httpx.HTTPError) as error:
+        except (ApiError, httpx2.HTTPError) as error:
             raise ObservationFailed(f"cannot read the replicas of {server!r}: {error}") from None
         return found
 

@@ -12,35 +12,48 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
+import httpx2
 import kopf
 from lightkube import ApiError, Client
 from lightkube.generic_resource import create_namespaced_resource
+from lightkube.resources.apps_v1 import Deployment
+from lightkube.resources.autoscaling_v2 import HorizontalPodAutoscaler
 from lightkube.types import PatchType
 
-from flyball.adapters.fleet_export import FleetMetrics
+from flyball.adapters.fleet_export import FleetMetrics, FleetsMetrics
 from flyball.adapters.kubernetes import FIELD_MANAGER, KubernetesCluster
 from flyball.adapters.prometheus import PrometheusClient, PrometheusSource
+from flyball.controller.adoption import adopted
 from flyball.controller.resources import GROUP, VERSION, Fleet, fleet
 from flyball.core.clock import Clock, SystemClock
 from flyball.core.errors import InvalidInput
+from flyball.core.fleet import FleetSpec
+from flyball.planner.calibrated_loop import CalibratedLoop
 from flyball.planner.cycle import Turn, turn
-from flyball.planner.loop import FleetLoop, LoopMemory
+from flyball.planner.loop import FleetLoop, LoopMemory, LoopSettings
 from flyball.planner.rehearsal import RehearsedLoop
 
 FleetResource = create_namespaced_resource(GROUP, VERSION, "Fleet", "fleets")
 ServiceClassResource = create_namespaced_resource(GROUP, VERSION, "ServiceClass", "serviceclasses")
 AcceleratorResource = create_namespaced_resource(GROUP, VERSION, "Accelerator", "accelerators")
 ModelProfileResource = create_namespaced_resource(GROUP, VERSION, "ModelProfile", "modelprofiles")
+ScaledObject = create_namespaced_resource("keda.sh", "v1alpha1", "ScaledObject", "scaledobjects")
 
 Condition = dict[str, Any]
 _RETRY_S = 5.0  # after a turn that could not begin
 
 
 class Reconciler:
-    """One fleet's turns; `client` speaks to the API server."""
+    """One fleet's turns; `client` speaks to the API server, `metrics` tells what was decided."""
 
-    def __init__(self, client: Client, namespace: str, name: str, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        namespace: str,
+        name: str,
+        clock: Clock | None = None,
+        metrics: FleetsMetrics | None = None,
+    ) -> None:
         self._client = client
         self._namespace = namespace
         self._name = name
@@ -49,10 +62,15 @@ class Reconciler:
         self._loop: FleetLoop | None = None
         self._memory = LoopMemory()
         self._prometheus: PrometheusClient | None = None
-        self.metrics = FleetMetrics()
+        self._told = FleetMetrics()
+        self._metrics = metrics or FleetsMetrics()
 
     def close(self) -> None:
-        """Let connections go."""
+        """Let connections go, and take back what was advised."""
+        self._metrics.forget(f"{self._namespace}/{self._name}")
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._prometheus is not None:
             self._prometheus.close()
 
@@ -72,7 +90,7 @@ class Reconciler:
         source = PrometheusSource(self._prometheus, wanted.queries, cluster)
         acts = wanted.scales and not wanted.dry_run
         told, self._memory = turn(source, self._loop, cluster if acts else None, self._memory)
-        self.metrics.record(told)
+        self._told.record(told)
         self._write(resource, _conditions(told, acts), told)
         return wanted.settings.period_s, _events(told)
 
@@ -81,15 +99,30 @@ class Reconciler:
             found = [one.to_dict() for one in self._client.list(kind, namespace=self._namespace)]
             return sorted(found, key=lambda one: str(one["metadata"]["name"]))
 
+        def present(kind: Any) -> list[dict[str, Any]]:  # noqa: ANN401  # as above
+            try:
+                return every(kind)
+            except ApiError as error:
+                if error.status.code == httpx2.codes.NOT_FOUND:
+                    return []  # the cluster knows no such kind
+                raise
+
+        if resource.get("spec", {}).get("adopt"):
+            scalers = [*every(HorizontalPodAutoscaler), *present(ScaledObject)]
+            resource = adopted(resource, every(Deployment), scalers)
         return fleet(resource, every(ServiceClassResource), every(AcceleratorResource), every(ModelProfileResource))
 
     def _take(self, wanted: Fleet) -> None:
         """A new loop where the fleet's description changed; what was learnt of the load is kept."""
-        if self._known is None or (wanted.spec, wanted.settings) != (self._known.spec, self._known.settings):
-            self._loop = RehearsedLoop(wanted.spec, wanted.settings)
+        if self._known is None or _governed(wanted) != _governed(self._known):
+            self._loop = _loop(wanted)
         if self._prometheus is None or self._prometheus.url != wanted.prometheus_url.rstrip("/"):
-            self.close()
+            self._disconnect()
             self._prometheus = PrometheusClient(wanted.prometheus_url)
+        if self._known is None or wanted.targets != self._known.targets:
+            variants = {(server, t.accelerator): t.name for server, own in wanted.targets.items() for t in own}
+            self._told = FleetMetrics(namespace=self._namespace, variants=variants)
+            self._metrics.put(f"{self._namespace}/{self._name}", self._told)
         self._known = wanted
 
     def _write(self, resource: Mapping[str, Any], conditions: Sequence[Condition], told: Turn | None) -> None:
@@ -115,6 +148,18 @@ class Reconciler:
             FleetResource.Status, self._name, body, namespace=self._namespace, patch_type=PatchType.APPLY,
             field_manager=FIELD_MANAGER, force=True,
         )  # fmt: skip
+
+
+def _governed(wanted: Fleet) -> tuple[FleetSpec, LoopSettings, bool]:
+    """What a loop is made for."""
+    return wanted.spec, wanted.settings, wanted.calibrate
+
+
+def _loop(wanted: Fleet) -> FleetLoop:
+    def rehearsed(spec: FleetSpec) -> FleetLoop:
+        return RehearsedLoop(spec, wanted.settings)
+
+    return CalibratedLoop(rehearsed, wanted.spec) if wanted.calibrate else rehearsed(wanted.spec)
 
 
 def _condition(kind: str, good: bool, reason: str, message: str) -> Condition:
@@ -174,8 +219,8 @@ def _events(told: Turn) -> list[tuple[str, str]]:
     return events
 
 
-def registry(client: Client) -> kopf.OperatorRegistry:
-    """The handlers; kopf finds its credentials where kubectl does, or as a pod's."""
+def registry(client: Client, metrics: FleetsMetrics | None = None) -> kopf.OperatorRegistry:
+    """The handlers; kopf finds its credentials where kubectl does, or as a pod's. `metrics` tells all fleets' turns."""
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
@@ -186,7 +231,7 @@ def registry(client: Client) -> kopf.OperatorRegistry:
     async def govern(
         namespace: str | None, name: str, body: kopf.Body, stopped: kopf.DaemonStopped, logger: kopf.Logger, **_: object
     ) -> None:
-        reconciler = Reconciler(client, namespace or "default", name)
+        reconciler = Reconciler(client, namespace or "default", name, metrics=metrics)
         try:
             while not stopped:
                 wait_s = _RETRY_S
@@ -196,7 +241,7 @@ def registry(client: Client) -> kopf.OperatorRegistry:
                         kopf.event(
                             body, type="Normal" if reason == "Scaled" else "Warning", reason=reason, message=message
                         )
-                except (ApiError, httpx.HTTPError) as error:  # tried again from the whole state
+                except (ApiError, httpx2.HTTPError) as error:  # tried again from the whole state
                     logger.warning("the API server refused a turn of %s: %s", name, error)
                 await stopped.wait(wait_s)
         finally:

@@ -44,6 +44,7 @@ class Fleet:
     prometheus_url: str
     dry_run: bool
     scales: bool  # False: only metrics are published, for an HPA or KEDA to act on
+    calibrate: bool  # whether what replicas show corrects the profiles
 
 
 def fleet(
@@ -52,8 +53,10 @@ def fleet(
     """The fleet that a resource describes; raises InvalidInput where its parts do not fit together."""
     f = Fields(resource.get("spec", {}), f"fleet {_name(resource)}")
     servers = tuple(f.each("servers"))
+    if not servers:
+        raise InvalidInput(f"{f.path} has no servers; list them, or set adopt and label the Deployments to be adopted")
     spec = FleetSpec(
-        accelerators=tuple(_accelerator(r) for r in accelerators),
+        accelerators=_accelerators(accelerators, servers),
         profiles=tuple(_profile(r) for r in profiles),
         service_classes=tuple(_class(r) for r in classes),
         servers=tuple(_server(s) for s in servers),
@@ -76,11 +79,26 @@ def fleet(
         prometheus_url=f.inside("prometheus").text("url", None),
         dry_run=f.flag("dryRun"),
         scales=f.text("actuation", "direct") == "direct",
+        calibrate=f.flag("calibrate", True),
     )
 
 
 def _name(resource: Resource) -> str:
     return str(resource["metadata"]["name"])
+
+
+def _accelerators(resources: Sequence[Resource], servers: Sequence[Fields]) -> tuple[Accelerator, ...]:
+    """Those with a resource, and those that adopted targets run on, at the cost that their labels say."""
+    known = {one.name: one for one in map(_accelerator, resources)}
+    stated: dict[str, float] = {}
+    for target in (t for s in servers for t in s.each("scaleTargets") if "cost" in t):
+        name, cost = target.text("accelerator", None), target.number("cost")
+        if name not in known and stated.setdefault(name, cost) != cost:
+            raise InvalidInput(
+                f"variants on {name!r} are said to cost {stated[name]:g} and {cost:g}; create the Accelerator {name!r}"
+            )
+    priced = (Accelerator(name=name, type=name, cost_per_h=c) for name, c in stated.items() if name not in known)
+    return (*known.values(), *priced)
 
 
 def _accelerator(r: Resource) -> Accelerator:
@@ -128,6 +146,7 @@ def _server(f: Fields) -> ServerSpec:
         model=f.text("model", None),
         demand=Demand(input_tokens=f.number("inputTokens"), output_tokens=f.number("outputTokens")),
         min_replicas=f.whole("minReplicas"),
+        max_batch=f.whole("maxBatch"),
         max_queue=f.whole("maxQueue", DEFAULT_MAX_QUEUE),
     )
 
