@@ -7,9 +7,10 @@ the same outcomes again from the inputs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from flyball.core.errors import FlyballError, InvalidInput
 
@@ -24,8 +25,7 @@ class AuditUnwritable(FlyballError):
     """An event could not be made durable; nothing may change until one can."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One line of the audit."""
 
     kind: Kind
@@ -34,7 +34,7 @@ class Event:
     at_s: float  # the monotonic clock that decided
     wall_s: float  # seconds since 1970, for people
     generation: int  # in force when the event was written
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = MappingProxyType({})
 
     def record(self) -> dict[str, Any]:
         """As plain data, the event's own fields first."""
@@ -73,14 +73,16 @@ class MemoryAudit:
     """Keeps the latest events in memory: for simulations, tests and replays."""
 
     def __init__(self, keep: int | None = None) -> None:
-        self.events: list[Event] = []
-        self._keep = keep
+        self._events: deque[Event] = deque(maxlen=keep)
+
+    @property
+    def events(self) -> list[Event]:
+        """What is remembered, in order."""
+        return list(self._events)
 
     def append(self, events: Sequence[Event]) -> None:
         """Keep them; the oldest are forgotten beyond the limit."""
-        self.events.extend(events)
-        if self._keep is not None and len(self.events) > 2 * self._keep:
-            del self.events[: -self._keep]
+        self._events.extend(events)
 
     def healthy(self) -> bool:
         """Memory always takes one more."""

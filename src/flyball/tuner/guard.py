@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import Any, Literal
 
 from flyball.core.clock import Clock
@@ -77,7 +77,22 @@ class SafeMode:
 class _Gauge:
     """One knob with its limits, and its recent moves."""
 
-    __slots__ = ("allowed", "current", "direction", "flips", "high", "knob", "low", "moved", "moves", "ordered", "span")
+    __slots__ = (
+        "_asked",
+        "_change",
+        "allowed",
+        "at",
+        "current",
+        "direction",
+        "flips",
+        "high",
+        "knob",
+        "low",
+        "moved",
+        "moves",
+        "ordered",
+        "span",
+    )
 
     def __init__(self, knob: Knob, limits: Limits, current: Value) -> None:
         self.knob = knob
@@ -89,7 +104,7 @@ class _Gauge:
         ends = (math.log(self.low), math.log(self.high)) if knob.log else (self.low, self.high)
         self.span = max(ends[1] - ends[0], 1e-300)
         self.allowed = limits.allowed.get(knob.name)
-        self.current = current
+        self.set(current)
         self.direction = 0
         self.flips: deque[float] = deque(maxlen=_MOVES)
         self.moves: deque[tuple[float, float]] = deque()
@@ -113,14 +128,23 @@ class _Gauge:
             return int(value)
         return float(value)
 
+    def set(self, value: Value) -> None:
+        """This is in force now."""
+        self.current: Value = value
+        self.at = self._position(value) if self.ordered else 0.0
+        self._asked: Value | None = None
+        self._change = 0.0
+
+    def _position(self, value: Value) -> float:
+        return math.log(max(float(value), 1e-300)) if self.knob.log else float(value)
+
     def change(self, value: Value) -> float:
         """Share of the range from the current value to another; a switch counts as a whole range."""
         if not self.ordered:
             return 0.0 if value == self.current else 1.0
-        a, b = float(self.current), float(value)
-        if self.knob.log and a > 0 and b > 0:
-            return (math.log(b) - math.log(a)) / self.span
-        return (b - a) / self.span
+        if value is not self._asked:  # a check and the move after it ask the same
+            self._asked, self._change = value, (self._position(value) - self.at) / self.span
+        return self._change
 
     def forget(self, before_s: float) -> None:
         """Drop moves and flips that are older."""
@@ -144,6 +168,32 @@ class _Gauge:
             return None
         return Refusal("bounds", f"{self.knob.name}={value} is outside {self.low:g} to {self.high:g}", self.knob.name,
                        self.current, self.high if seen > self.high else self.low)  # fmt: skip
+
+
+class _Input:
+    """One input of a guard at a time: `with` gives its time. By hand, for `contextmanager` costs more than a rule."""
+
+    __slots__ = ("_guard",)
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> float:
+        self._guard._lock.acquire()
+        try:
+            return self._guard._begin()
+        except BaseException:
+            self._guard._lock.release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._guard._end()
+        finally:
+            self._guard._lock.release()
 
 
 class Guard:
@@ -172,6 +222,7 @@ class Guard:
         self._known = {k.name for k in space}
         self._apply, self._limits, self._audit, self._clock, self._run = apply, limits, audit, clock, run
         self._lock = threading.RLock()
+        self._input = _Input(self)
         self._now_s, self._wall_s = clock.now_s(), clock.wall_s()
         self._seq = 0
         self._failure: str | None = None  # of the audit, during this input
@@ -232,7 +283,7 @@ class Guard:
         self, values: Mapping[str, object] | Sequence[object], *, why: str = "", if_generation: int | None = None
     ) -> Decision:
         """Apply a proposal, by name or as a list in the order of the knobs, or refuse it; never a part of it."""
-        with self._input() as now_s:
+        with self._input as now_s:
             if self._backlog:
                 return self._unwritten()
             proposal = self._proposals + 1
@@ -262,7 +313,7 @@ class Guard:
     def observe(self, seen: Judgement, *, generation: int | None = None) -> str:
         """Judge a window measured under a generation (default: the one in force): "keep", "promote", "rollback" or
         "ignored", if it belongs to another generation."""
-        with self._input() as now_s:
+        with self._input as now_s:
             if len(self._backlog) >= _BACKLOG:
                 return "ignored"
             of = self.generation if generation is None else generation
@@ -317,7 +368,7 @@ class Guard:
 
     def command(self, data: Mapping[str, Any]) -> bool:
         """Do what a person, the loop or a recorded event commands; False if there was nothing to do."""
-        with self._input() as now_s:
+        with self._input as now_s:
             self._keep([self._event("command", now_s, dict(data))])
             why = str(data["why"])
             match data["command"]:
@@ -346,21 +397,22 @@ class Guard:
 
     def note(self, data: Mapping[str, Any]) -> None:
         """Write what led to a decision into the audit."""
-        with self._input() as now_s:
+        with self._input as now_s:
             self._keep([self._event("decision", now_s, data)])
 
-    @contextmanager
-    def _input(self) -> Iterator[float]:
-        """One input at a time: its time, with what time has ended before it and what the audit could not take after."""
-        with self._lock:
-            now_s, self._wall_s = self._time(), self._clock.wall_s()
-            if self._backlog or self.safe is not None:
-                self._expire(now_s)
-            yield now_s
-            if self._failure is not None:
-                why, self._failure = self._failure, None
-                self._backlog.append(self._event("command", now_s, {"command": "audit_failed", "why": why}))
-                self._enter_for_audit(why, now_s)
+    def _begin(self) -> float:
+        """An input's time, with what time has ended before it."""
+        now_s, self._wall_s = self._time(), self._clock.wall_s()
+        if self._backlog or self.safe is not None:
+            self._expire(now_s)
+        return now_s
+
+    def _end(self) -> None:
+        """After an input: what the audit could not take."""
+        if self._failure is not None:
+            why, self._failure = self._failure, None
+            self._backlog.append(self._event("command", self._now_s, {"command": "audit_failed", "why": why}))
+            self._enter_for_audit(why, self._now_s)
 
     # -- rules --------------------------------------------------------------------------------------------------------
 
@@ -397,7 +449,7 @@ class Guard:
         return changes, None
 
     def _named(self, values: Mapping[str, object] | Sequence[object]) -> Mapping[str, object] | Refusal:
-        if isinstance(values, Mapping):
+        if isinstance(values, dict | Mapping):
             return values
         if isinstance(values, str) or not isinstance(values, Sequence):
             return Refusal("type", f"{values!r} is no proposal", limit="values by name or in order")
@@ -538,7 +590,7 @@ class Guard:
                 first, second = gauge.moves.popleft(), gauge.moves.popleft()
                 gauge.moves.appendleft((second[0], first[1] + second[1]))
         gauge.direction = (1 if change > 0 else -1) if gauge.ordered else 1
-        gauge.current = value
+        gauge.set(value)
 
     def _restore(self, values: Mapping[str, Value], now_s: float, events: list[Event], *, why: str) -> Refusal | None:
         """Put a configuration back: past all rules of pace, for it is known to be good."""
@@ -662,8 +714,8 @@ class Guard:
 
 
 def _plain(values: object) -> Any:  # noqa: ANN401  # what JSON can hold
-    if isinstance(values, Mapping):
-        return {str(name): _number(value) for name, value in values.items()}
+    if isinstance(values, dict | Mapping):  # dict first: the other is asked through an abstract class, which is slow
+        return {str(name): value if type(value) is int else _number(value) for name, value in values.items()}
     if isinstance(values, Sequence) and not isinstance(values, str):
         return [_number(value) for value in values]
     return {"foreign": repr(values)}
@@ -671,8 +723,8 @@ def _plain(values: object) -> Any:  # noqa: ANN401  # what JSON can hold
 
 def _number(value: object) -> Any:  # noqa: ANN401  # what JSON can hold
     """A value as JSON can hold it: numbers that are not finite by name, anything foreign by its text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"not_finite": str(value)}
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"not_finite": str(value)}
+    if value is None or isinstance(value, bool | int | str):
         return value
     return {"foreign": repr(value)}
