@@ -267,17 +267,14 @@ def test_kill_9_of_the_tuner_leaves_no_engine_behind(environment: Path, tmp_path
     script = textwrap.dedent(f"""
         import time
         from pathlib import Path
-        from flyball.adapters.engines.spawned import SpawnedTarget
-from flyball.adapters.engines.targets import TargetOptions, make_target
-from flyball.adapters.engines.triton import TritonTarget
-from flyball.adapters.loadgen import HttpLoad
+        from flyball.adapters.engines.targets import TargetOptions, make_target
         target = make_target({wanted!r})
         target.apply({{}})
         Path({str(ready)!r}).write_text(str(target._child.pid))
         time.sleep(600)
     """)
     process = subprocess.Popen([sys.executable, "-c", script])
-    until(lambda: ready.exists() and bool(ready.read_text()))
+    until(lambda: process.poll() is not None or (ready.exists() and bool(ready.read_text())))
     pids = [int(ready.read_text()), int(note.read_text())]
     assert not any(map(gone, pids))
     process.send_signal(signal.SIGKILL)
