@@ -17,7 +17,7 @@ import kopf
 from lightkube import ApiError, Client
 from lightkube.generic_resource import create_namespaced_resource
 from lightkube.resources.apps_v1 import Deployment
-from lightkube.resources.autoscaling_v2 import HorizontalPodAutoscaler
+from lightkube.resources.autoscaling_v1 import HorizontalPodAutoscaler
 from lightkube.types import PatchType
 
 from flyball.adapters.fleet_export import FleetMetrics, FleetsMetrics

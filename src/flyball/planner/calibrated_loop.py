@@ -37,6 +37,9 @@ LEAST = 30  # requests that a window of that length must have ended
 STEADY = 0.2  # by how much what came and what ended may differ, as a share of what came
 TRUSTED = 0.2  # median relative error of the windows kept up to which a learnt law is used
 _STATED_SPREAD = 0.5  # of the log of a parameter that the spec states: a factor of 1.6
+_LEARNT = (
+    "alpha_s", "beta_s", "gamma_s", "delta_s", "queue_model", "generation", "condition_number", "log_covariance",
+)  # fmt: skip
 _SAME = 0.02  # laws whose latencies differ by less are one: replicas are not moved for it
 
 
@@ -82,11 +85,7 @@ class CalibratedLoop(FleetLoop):
         self._make, self._within = make, make(spec)
         super().__init__(spec, self._within.settings)
         self._stated = {(p.model, p.accelerator): p for p in spec.profiles}
-        self._known = {
-            pair: Learnt(calibration=one)
-            for one in known
-            if (pair := (one.model, one.accelerator)) in self._stated and one.queue_model == self._law(pair)
-        }
+        self._known = self._of_ours({(one.model, one.accelerator): Learnt(calibration=one) for one in known})
 
     def start(self) -> CalibratedMemory:
         """Nothing seen but what earlier runs learnt."""
@@ -95,6 +94,7 @@ class CalibratedLoop(FleetLoop):
     def decide(self, state: FleetState, memory: LoopMemory) -> tuple[FleetDecision, CalibratedMemory]:
         """The decision of the loop within, sizing with the profiles that can be relied on most."""
         before = memory if isinstance(memory, CalibratedMemory) else _widened(memory, self.start())
+        before = replace(before, learnt=self._of_ours(before.learnt))  # another spec may have been learnt for
         _, odd = self._elapsed(state, before)
         observed = before if odd else self._observe(state, before)
         after = replace(observed, learnt={pair: self._choose(pair, one) for pair, one in observed.learnt.items()})
@@ -105,6 +105,14 @@ class CalibratedLoop(FleetLoop):
     def refused(self, before: LoopMemory, after: LoopMemory, servers: Container[str]) -> LoopMemory:
         """As the loop within has it."""
         return self._within.refused(before, after, servers)
+
+    def _of_ours(self, learnt: Mapping[Pair, Learnt]) -> dict[Pair, Learnt]:
+        """What was learnt of pairs that the spec has, under the law that it has."""
+        return {
+            pair: one
+            for pair, one in learnt.items()
+            if pair in self._stated and one.calibration.queue_model == self._law(pair)
+        }
 
     def _law(self, pair: Pair) -> str:
         stated = self._stated[pair]
@@ -157,16 +165,22 @@ class CalibratedLoop(FleetLoop):
         doubt = _doubt(one, off)
         if doubt:
             return replace(one, used=None, said=f"sized with the spec's latency profile on {pair[1]}: {doubt}")
+        used = self._profile(pair, state)
+        if one.used is not None and _alike(one.used, used, state):
+            law = {name: getattr(one.used, name) for name in _LEARNT}
+            used = replace(self._stated[pair], **law)
+        seen = f"{len(state.kept)} windows, {off:.1%} off them"
+        changes = f", {state.changes} changes of it noticed" if state.changes else ""
+        return replace(one, used=used, said=f"sized with what was learnt of {pair[1]} from {seen}{changes}")
+
+    def _profile(self, pair: Pair, state: Calibration) -> LatencyProfile:
+        """What is believed now, in place of what the spec states."""
         alpha, beta, gamma = np.exp(state.belief.mean).tolist()
-        new = replace(
+        return replace(
             self._stated[pair], alpha_s=alpha, beta_s=beta, gamma_s=gamma, delta_s=0.0, queue_model=state.queue_model,
             generation=state.generation, condition_number=state.condition_number,
             log_covariance=tuple(state.belief.covariance.ravel().tolist()),
         )  # fmt: skip
-        used = one.used if one.used is not None and _alike(one.used, new, state) else new
-        seen = f"{len(state.kept)} windows, {off:.1%} off them"
-        changes = f", {state.changes} changes of it noticed" if state.changes else ""
-        return replace(one, used=used, said=f"sized with what was learnt of {pair[1]} from {seen}{changes}")
 
     def _sizing_with(self, memory: CalibratedMemory) -> FleetLoop:
         """The loop within for the profiles chosen; the last one made is kept, since they seldom change."""

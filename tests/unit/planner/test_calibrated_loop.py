@@ -130,6 +130,22 @@ def test_what_was_learnt_survives_a_restart(tmp_path: Path) -> None:
     assert not learning(replace(stated(0.005), profiles=(other,)), tmp_path / "c.json").start().learnt
 
 
+def test_what_was_learnt_follows_the_spec() -> None:
+    """A loop for a changed spec goes on with the same memory: the law is kept, what the spec states anew is not."""
+    seen = states(itertools.islice(itertools.cycle(VARIED), 9))
+    _, memory = decided(learning(stated(0.005)), seen[:-1])
+    halved = replace(stated(0.005), profiles=(replace(stated(0.005).profiles[0], accelerators=2),))
+    decision, after = decided(learning(halved), seen[-1:], memory)
+    assert isinstance(after, CalibratedMemory)
+    used = after.learnt["m", "H100"].used
+    assert used is not None
+    assert (used.accelerators, used.alpha_s) == (2, pytest.approx(TRUTH[0], rel=0.05))
+    assert decision.explanations["chat"].cost_per_h == 2 * sum(decision.replicas["chat"].values())
+    other = replace(halved, profiles=(replace(halved.profiles[0], queue_model="v3"),))
+    _, after = decided(learning(other), seen[-1:], memory)
+    assert [(one.queue_model, one.cycle) for one in calibrations(after)] == [("v3", 1)]  # begun anew
+
+
 @pytest.mark.slow
 def test_a_replica_that_slows_down_is_noticed() -> None:
     """All three parameters grow by a third: within a few windows a replica is thought to take less, and it is said."""
