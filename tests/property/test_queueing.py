@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flyball.performance.percentiles import percentiles
 from flyball.performance.queueing import Metrics, Replicas, queue_model
 
 MODELS = ("v3", "v3-engine")
 
 
 @st.composite
-def replicas(draw: st.DrawFn, least_batch: int = 1, whole_prompt: bool = False) -> Replicas:
-    """A replica of any size; with `whole_prompt`, one whose prompts are never cut into chunks."""
+def replicas(draw: st.DrawFn, least_batch: int = 1, whole_prompt: bool = False, varied: bool = False) -> Replicas:
+    """A replica of any size; with `whole_prompt`, its prompts are never cut; with `varied`, lengths vary."""
     batch = draw(st.integers(least_batch, 80))
     tokens_in, out = draw(st.integers(1, 2000)), draw(st.integers(8, 500))
     return Replicas.of(
@@ -26,6 +27,8 @@ def replicas(draw: st.DrawFn, least_batch: int = 1, whole_prompt: bool = False) 
         max_batch=batch,
         max_queue=draw(st.integers(0, 100)),
         max_step_tokens=(tokens_in + 1) * (batch + 1) if whole_prompt else draw(st.integers(64, 8192)),
+        input_cv=draw(st.floats(0.0, 3.0)) if varied else np.nan,
+        output_cv=draw(st.floats(0.0, 3.0)) if varied else np.nan,
     )
 
 
@@ -74,3 +77,17 @@ def test_littles_law(replica: Replicas, share: float) -> None:
     metrics = seen(replica, "v3", [share])
     served_s = metrics.response_s[0, 0] - metrics.wait_s[0, 0]
     assert metrics.in_service[0, 0] == pytest.approx(metrics.throughput_rps[0, 0] * served_s, rel=1e-6, abs=1e-12)
+
+
+@given(replica=replicas(varied=True), share=st.floats(0.0, 3.0))
+def test_lengths_that_vary_leave_shares_and_percentiles_in_order(replica: Replicas, share: float) -> None:
+    """Whatever the variation and the load, a share is turned away, nobody waits less than nothing, P50 is below P99."""
+    queues = queue_model("v3").prepare(replica)
+    rate = share * queues.capacity_rps
+    metrics, found = queues.analyze(rate), percentiles(queues, rate)
+    assert -1e-12 <= metrics.loss[0] <= 1
+    assert metrics.wait_s[0] >= -1e-12
+    for latencies in (found.ttft_s[0], found.itl_s[0], found.e2e_s[0]):
+        assert np.isfinite(latencies).all()
+        assert (latencies > 0).all()
+        assert (np.diff(latencies) >= 0).all()

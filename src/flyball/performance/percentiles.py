@@ -1,13 +1,14 @@
 """Percentiles of TTFT, ITL and E2E: what a request goes through, sampled evenly from the chain's stationary law.
 
 A request that comes finds k others with the chain's own probability (Poisson arrivals see time averages: Wolff, 1982).
-With a place in the batch it starts at once, k + 1 in service; else it waits for k - N + 1 to leave: a gamma variable of
-that shape, with means that satisfy Little's law whatever the law of how many wait (`backlog`; with exponential service,
-1 / mu(N) for each that leaves). Its prefill takes what the batch it joins makes it take. Over its decode steps the
-batch moves on from there: the speed 1 / gap is an Ornstein-Uhlenbeck process with the mean and variance that requests
-in service see, and the batch's own time of relaxation. The points are a fixed quasi-random set, some for those who
-start at once and some for those who wait, each with its weight, so the same question always has the same answer.
-Checked against a simulation of the requests (`flyball.performance.requests`) in benchmarks/percentiles.py; limits:
+With a place in the batch it starts at once, k + 1 in service; else it waits for k - N + 1 to leave: a gamma variable
+with means that satisfy Little's law whatever the law of how many wait (`backlog`). Its shape is 1 for each that leaves
+under exponential service; else 3 / (5 - 2 tail) for N = 1, as the rest of a gamma service has, and 1 / N of that
+difference for more. Its prefill takes what the batch it joins makes it take. Over its decode steps the batch moves on
+from there: the speed 1 / gap is an Ornstein-Uhlenbeck process with the mean and variance that requests in service see,
+and the batch's own time of relaxation. The points are a fixed quasi-random set, some for those who start at once and
+some for those who wait, each with its weight, so the same question always has the same answer. Checked against a
+simulation of the requests (`flyball.performance.requests`) in benchmarks/percentiles.py; limits:
 docs/theory/queueing.md.
 
 symbol   shape   meaning
@@ -35,6 +36,7 @@ from flyball.performance.queueing import Anatomy, Dissectable, Queues
 AT_ONCE, WAITING = 3072, 1024  # points
 LEVELS = (50.0, 90.0, 99.0)
 _ROUNDS = 6  # of the fixed point for the time that decode steps take
+_EQUAL = 1e-3  # variation under which lengths are taken for equal
 _IDLE_RPS = 1e-9  # stands for no load
 
 
@@ -113,7 +115,7 @@ def _points() -> Floats:
 def _lengths(cv: float, column: int) -> Floats:
     """[S] Lengths relative to their mean, gamma distributed (cv 1: exponential; 0: all equal)."""
     u = _points()[:, column]
-    if cv == 0:
+    if cv < _EQUAL:
         return np.ones(len(u))
     shape = cv**-2
     return np.asarray(gammaincinv(shape, u) / shape, dtype=np.float64)
@@ -183,7 +185,8 @@ class _Row:
         late = float(full * fewer_waits(full, tail, servers)) * room
         ahead = np.searchsorted(np.cumsum(chance[:-1]) / chance[:-1].sum(), u, side="right")
         ahead = np.minimum(ahead, self.places - 1)
-        wait = gammaincinv(ahead + 1.0, v) * (self._until_s(law, log_v) / (i[:-1] + 1))[ahead]
+        shape = (1 + (3 / (5 - 2 * self.tail) - 1) / len(self.gap)) * (i[:-1] + 1)
+        wait = gammaincinv(shape[ahead], v) * (self._until_s(law, log_v) / shape)[ahead]
         return wait, late / (1 - float(full) * (1 - room))
 
     def _until_s(self, law: Backlog, log_v: Floats) -> Floats:
