@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from lightkube import ApiError, Client
 from lightkube.codecs import load_all_yaml
@@ -27,9 +29,10 @@ from lightkube.types import PatchType
 
 from flyball.adapters.prometheus_process import prometheus
 from flyball.controller.operator import AcceleratorResource, FleetResource, ModelProfileResource, ServiceClassResource
-from helpers.api_server import ApiServer, api_server_in
+from helpers.api_server import ApiServer, api_server_in, free_port
 from helpers.scraped import scraped
 
+PORT = free_port()  # of the operator's metrics
 DEPLOY = Path(__file__).parents[2] / "deploy"
 pytestmark = [
     pytest.mark.slow,
@@ -114,7 +117,7 @@ def operator(api_server: ApiServer) -> Iterator[Callable[[], subprocess.Popen[by
         with (api_server.folder / f"operator-{len(running)}.log").open("wb") as log:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "flyball", "operator", "--namespace", "default"],
+                    [sys.executable, "-m", "flyball", "operator", "--namespace=default", f"--metrics-port={PORT}"],
                     env=environment, stdout=log, stderr=log,
                 )
             )  # fmt: skip
@@ -182,6 +185,10 @@ def test_resources_are_reconciled_and_nothing_is_lost_when_the_operator_dies(
         until(lambda: replicas(admin) >= 3)
         until(lambda: all(condition(admin, kind)[0] == "True" for kind in ("Valid", "DataFresh", "Actuated")))
         until(lambda: any(e.reason == "Scaled" and "chat" in (e.message or "") for e in admin.list(Event)))
+        page = httpx.get(f"http://127.0.0.1:{PORT}/metrics").text
+        assert re.search(
+            r'^wva_desired_replicas\{.*namespace="default",variant_name="chat-h100"\} [3-8]\.0$', page, re.MULTILINE
+        )
 
         process.send_signal(signal.SIGKILL)
         process.wait()
