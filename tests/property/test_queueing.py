@@ -38,7 +38,7 @@ def seen(replica: Replicas, model: str, shares: list[float]) -> Metrics:
     return queues.analyze(np.array([shares]) * queues.capacity_rps[:, None])
 
 
-@pytest.mark.parametrize(("model", "most", "slack"), [("v3", 1.5, 1e-9), ("v3-engine", 0.9, 0.01)])
+@pytest.mark.parametrize(("model", "most", "slack"), [("v3", 1.5, 1e-9), ("v3-engine", 0.9, 0.02)])
 @given(replica=replicas(least_batch=2, whole_prompt=True))
 def test_more_load_is_never_faster(model: str, most: float, slack: float, replica: Replicas) -> None:
     """TTFT and ITL do not fall as load rises (prompts whole: a change of chunks is a jump).
