@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flyball.engine.attention import PagedTensors
+from flyball.engine.cpu.arena import Arena
 from flyball.engine.cpu.build import KernelsUnavailable, load_kernels
 from flyball.engine.scheduler import Scheduled
 
@@ -58,6 +59,7 @@ class FusedModel:
         check_supported(model)
         self._kernels = load_kernels()
         self._threads = torch.get_num_threads()
+        self._arena = Arena()
         self._keep: list[Tensor] = []
         config, decoder = model.config, model.model
         layers = (_Layer * len(decoder.layers))()
@@ -183,7 +185,7 @@ class FusedModel:
         """What the kernels read the weights of some layers, one below the other, from."""
         weight = torch.cat([layer.weight for layer in layers])
         n, k = weight.shape
-        out = torch.empty(self._kernels.fb_packed_elements(n, k), dtype=torch.bfloat16)
+        out = self._arena.empty(self._kernels.fb_packed_elements(n, k), torch.bfloat16)
         source = weight.contiguous()
         self._kernels.fb_pack(source.data_ptr(), n, k, int(gated), out.data_ptr(), self._threads)
         return self._pointer(out)
