@@ -76,6 +76,10 @@ def run(
         str | None, typer.Option(help="Name of the study; default: a new one, or with --resume the latest.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a study that was interrupted.")] = False,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(help="An earlier study that the sampler is told of: NAME in the same --study, or DATABASE#NAME."),
+    ] = None,
     sampler: Annotated[
         str, typer.Option(help="flyball, tpe, random, gp, or the class of one of Optuna's, such as QMCSampler.")
     ] = "flyball",
@@ -209,7 +213,7 @@ def run(
             problem, rig, strategy, trials=trials, pairs=[workload(i + 1) for i in range(repeats)],
             storage=study, name=name, resume=resume, apply=apply, console=console, restore=engine == "flyball",
             others=others, patience=patience, alone="://" not in study,
-            accelerator=accelerator,
+            accelerator=accelerator, warm_start=warm_start,
         )  # fmt: skip
         if found.verdict.recommended is not None and engine != "flyball":
             found = replace(found, launch=target.command(found.verdict.recommended))

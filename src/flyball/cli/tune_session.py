@@ -21,6 +21,7 @@ from flyball.core.errors import FlyballError
 from flyball.core.knobs import Configuration, Value
 from flyball.core.workload import Workload
 from flyball.tuner import study as studies
+from flyball.tuner import warm
 from flyball.tuner.compare import Comparison, compare, describe_gain, verdict
 from flyball.tuner.measure import Rig
 from flyball.tuner.patience import Patience
@@ -49,13 +50,15 @@ def tune(
     patience: Patience | None = None,
     alone: bool = True,
     accelerator: str = "local",
+    warm_start: str | None = None,
 ) -> Report:
     """Search, compare and judge; progress goes to the console.
 
     Without a name a new study gets one from the time, and a resumed one is the latest. No `pairs`, no comparison. In
     the end, however it comes, the configuration found at the start is put back, or the recommended one with `apply`;
     not with `restore` false, for an engine that ends with the study. `others` measure trials at the same time. The
-    latency profile of what is recommended, else of the default, is named after the `accelerator`.
+    latency profile of what is recommended, else of the default, is named after the `accelerator`. `warm_start` names an
+    earlier study, NAME or DATABASE#NAME, whose trials are told to the sampler.
     """
     url = studies.storage_url(storage)
     now = datetime.fromtimestamp(SystemClock().wall_s(), UTC).astimezone()
@@ -65,7 +68,13 @@ def tune(
         f"study {name}: {problem.objective} on {problem.service or 'the target'}, {problem.workload}", soft_wrap=True
     )
     console.print(f"SLO {', '.join(map(str, problem.bounds)) or 'none'}; {_axes(problem)}", soft_wrap=True)
+    known = None if warm_start is None else _earlier(warm_start, url)
+    told = None if known is None else warm.fitting(known, problem.describe(), problem.lattice)
     with studies.opened(url, name, problem, resume=resume, alone=alone) as study, ExitStack() as stack:
+        if known is not None and told is not None and warm.provenance(study) is None:
+            warm.begin(study, known, told, problem.lattice)
+        if whence := warm.provenance(study):
+            console.print(f"warm start: {whence} are told to the sampler", soft_wrap=True, markup=False)
         keep = stack.enter_context(_restored(study, problem, rig, console)) if restore else None
         stopped = _search(study, problem, [rig, *others], strategy, patience, trials, console)
         found = studies.history(study)
@@ -80,6 +89,12 @@ def tune(
             problem, found, comparison, judged.recommended or problem.lattice.default, accelerator=accelerator
         ),
     )  # fmt: skip
+
+
+def _earlier(text: str, url: str) -> warm.Earlier:
+    """The study that NAME or DATABASE#NAME means."""
+    database, _, name = text.rpartition("#")
+    return studies.earlier(studies.storage_url(database) if database else url, name)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Tried:
     gains: tuple[float, ...] | None = None  # each objective, larger is better; None while it runs, and if it failed
     margins: tuple[float, ...] = ()  # each promise; above 0 it was broken
     failed: bool = False
+    earlier: bool = False  # by an earlier study: it may be tried again
 
     @property
     def runs(self) -> bool:
@@ -70,7 +71,7 @@ def suggest(
     promised: Sequence[Prediction] = (),
 ) -> Point | None:
     """The most valuable configuration to try next, or None if none is left."""
-    taken = {pool.lattice.point(t.values) for t in tried}
+    taken = {pool.lattice.point(t.values) for t in tried if not t.earlier}
     candidates = pool.candidates(taken, rng)
     worth = _Worth(pool, tried, rng, feasibility, prior, promised)
     if pool.listed is None:

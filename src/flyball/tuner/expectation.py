@@ -2,7 +2,7 @@
 
 The law is fitted to a study's finished trials and asked what traffic like theirs would see under every limit of batch
 and step. Other knobs are nothing to it. It need not be right: each surrogate learns how far its expectation is to be
-trusted (`numerics.gaussian_process`, w), and a law that explains nothing gets no weight.
+trusted (`numerics.gaussian_process`, w), and a law that explains nothing gets little weight.
 
 throughput   of the queue model, at the study's mean load
 attainment   product over the promises' limits of the share of requests, or gaps, that stay within them

@@ -43,9 +43,10 @@ class Rules:
 def next_point(pool: Pool, tried: Sequence[Tried], rules: Rules) -> Point | None:
     """The configuration after these, a pure function of them and the rules; None if every legal one was tried."""
     rng = np.random.default_rng([rules.seed, len(tried)])
-    taken = {pool.lattice.point(t.values) for t in tried}
-    nth = len(tried) - 1
-    if 0 <= nth < rules.starts:
+    own = [t for t in tried if not t.earlier]
+    taken = {pool.lattice.point(t.values) for t in own}
+    nth = len(own) - 1
+    if 0 <= nth < rules.starts and len(own) == len(tried):
         wish = spread(pool.lattice, rules.starts, np.random.default_rng(rules.seed))[nth]
         if nth == 0 and rules.prior is not None:
             return _expected_best(pool, taken, rules, rng)

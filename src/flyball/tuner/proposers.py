@@ -95,6 +95,7 @@ class Observation:
 
     values: Configuration
     score: Score | None = field(default=None)
+    earlier: bool = False  # by an earlier study (`tuner.warm`)
 
 
 def exhausted(lattice: Lattice, seen: Sequence[Observation]) -> bool:
@@ -113,12 +114,15 @@ def propose(
     also: Sequence[Objective] = (),
 ) -> Mapping[str, Any]:
     """The next configuration to try; look at `exhausted` first."""
-    if not seen:
+    own = [o for o in seen if not o.earlier]
+    if not own:
         return lattice.default
+    if len(own) == 1 and (known := _best_earlier(lattice, objective, seen)) is not None:
+        return lattice.values(known)
     if strategy.sampler == OURS:
         return _ours(lattice, (objective, *also), seen, strategy)
     learnt = [o for o in seen if o.score is not None and lattice.point(o.values) is not None]
-    taken = {lattice.point(o.values) for o in seen}
+    taken = {lattice.point(o.values) for o in own}
 
     def free(point: Point) -> bool:
         return point not in taken and lattice.legal(point)
@@ -126,8 +130,8 @@ def propose(
     sampler = SAMPLERS.get(strategy.sampler) or _by_class(strategy.sampler)
     rng = np.random.default_rng([strategy.seed, len(seen)])
     draws: Iterable[Point]
-    if len(seen) <= strategy.starts:
-        draws = [spread(lattice, strategy.starts, np.random.default_rng(strategy.seed))[len(seen) - 1]]
+    if len(seen) == len(own) <= strategy.starts:
+        draws = [spread(lattice, strategy.starts, np.random.default_rng(strategy.seed))[len(own) - 1]]
     elif sampler is None or not learnt:
         draws = [lattice.at(u) for u in rng.random((DRAWS, len(lattice.axes)))]
     else:
@@ -139,6 +143,18 @@ def propose(
         wish = wish or point
     assert wish is not None
     return lattice.values(_nearest_free(lattice, wish, free, rng))
+
+
+def _best_earlier(lattice: Lattice, objective: Objective, seen: Sequence[Observation]) -> Point | None:
+    """Where an earlier study found most, on this lattice, unless it was tried here; None if it found nothing."""
+    taken = {lattice.point(o.values) for o in seen if not o.earlier}
+    kept = [
+        (objective.gain(o.score.value, 0.0), -number, point)
+        for number, o in enumerate(seen)
+        if o.earlier and o.score is not None and o.score.feasible and (point := lattice.point(o.values)) is not None
+        and point not in taken and lattice.legal(point)
+    ]  # fmt: skip
+    return max(kept)[2] if kept else None
 
 
 def _ours(
@@ -157,9 +173,11 @@ def _ours(
 def _tried(observation: Observation, objectives: Sequence[Objective]) -> Tried:
     score = observation.score
     if score is None or score.failure is not None:
-        return Tried(values=observation.values, failed=score is not None)
+        return Tried(values=observation.values, failed=score is not None, earlier=observation.earlier)
     gains = tuple(o.gain(v, 0.0) for o, v in zip(objectives, (score.value, *score.also), strict=True))
-    return Tried(values=observation.values, gains=gains, margins=tuple(score.margins.values()))
+    return Tried(
+        values=observation.values, gains=gains, margins=tuple(score.margins.values()), earlier=observation.earlier
+    )
 
 
 def _draws(

@@ -29,7 +29,7 @@ from flyball.core.knobs import Configuration
 from flyball.core.metrics import MetricsWindow
 from flyball.core.ports import LoadProgress
 from flyball.core.slo import Latency, SloBound
-from flyball.tuner import owners
+from flyball.tuner import owners, warm
 from flyball.tuner.expectation import Expectation, expectation
 from flyball.tuner.measure import Rig
 from flyball.tuner.objective import Objective, Score, failed, score
@@ -171,6 +171,23 @@ def latest(storage: str) -> str:
     return names[-1]
 
 
+def earlier(storage: str, name: str) -> warm.Earlier:
+    """A study to start warm from. Raises InvalidInput if there is none, or it has no finished trial."""
+    database = _database(storage)
+    try:
+        known = {study.study_name for study in database.get_all_studies()}
+        study = optuna.load_study(study_name=name, storage=database) if name in known else None
+        trials = history(study) if study is not None and _PROBLEM in study.user_attrs else []
+        if study is None or not trials:
+            raise InvalidInput(
+                f"{storage} holds no finished trial of a study {name!r}; it knows {', '.join(sorted(known)) or 'none'}"
+            )
+        return warm.Earlier(name=name, storage=storage, problem=study.user_attrs[_PROBLEM], trials=trials)
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+
+
 def _check_same(name: str, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for key in ("objective", "slo", "knobs", "fixed", "default", "constraints", "workload"):
         if known[key] != wanted[key]:
@@ -215,7 +232,7 @@ class _Proposer(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         problem = self._problem
-        seen = _seen(study, trial.number)
+        seen = [*warm.observations(study), *_seen(study, trial.number)]
         strategy = self._informed(study) if self._strategy.law else self._strategy
         values = propose(problem.lattice, problem.objective, seen, strategy, problem.also)
         return {name: values[name] for name in search_space}
@@ -353,7 +370,8 @@ class _Desk:
         self.ids.add(asked._trial_id)  # what heartbeats go by
         values = {**asked.params, **self.problem.lattice.fixed}
         self.watch(Progress(number=asked.number, values=values))
-        kind: Kind = "default" if before == 0 else "start" if before <= self.strategy.starts else "search"
+        starts = 1 if warm.provenance(self.study) else self.strategy.starts
+        kind: Kind = "default" if before == 0 else "start" if before <= starts else "search"
         return _Begun(asked, values, kind)
 
     def measure(self, rig: Rig, begun: _Begun, requests: LoadProgress | None) -> _Result:

@@ -70,6 +70,20 @@ def test_a_tune_searches_compares_reports_and_restores(server: TunableServer, sh
 
 
 @pytest.mark.slow
+def test_a_study_begins_with_what_an_earlier_one_found(server: TunableServer, shell: Shell) -> None:
+    """Its best comes right after the default; a study that is not there is named and nothing is begun."""
+    task = ("--url", server.url, *LOAD, *TASK, "--repeats", "0", "--sampler", "random")
+    assert shell(*task, "--trials", "4", "--name", "first")[0] == 0
+    code, _, err = shell(*task, "--trials", "2", "--name", "second", "--warm-start", "flyball-study.db#first")
+    assert code == 0
+    assert "warm start: 4 trials of first are told to the sampler" in err
+    assert server.applied[-2] in server.applied[1:4]  # the last puts back what was found
+    code, _, err = shell(*task, "--trials", "2", "--name", "third", "--warm-start", "zeroth")
+    assert code == 2
+    assert "holds no finished trial of a study 'zeroth'; it knows first, second" in err
+
+
+@pytest.mark.slow
 def test_the_best_is_left_in_force_on_request(server: TunableServer, shell: Shell, tmp_path: Path) -> None:
     """--apply sets what the report recommends."""
     code, _, err = shell("--url", server.url, *LOAD, *TASK, "--trials", "5", "--repeats", "2", "--apply")
