@@ -91,6 +91,7 @@ def test_no_proposal_is_out_of_bounds() -> None:
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(900)
 def test_none_of_a_hundred_thousand_is_out_of_bounds() -> None:
     """The same, 100 000 times."""
     assert out_of_bounds(100_000, seed=2) == 0

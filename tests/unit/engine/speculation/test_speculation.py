@@ -175,6 +175,7 @@ def test_article_33_answers_follow_the_law_of_the_model(small: tuple[Path, Path]
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(900)
 def test_the_law_holds_in_fifty_thousand_samples(small: tuple[Path, Path]) -> None:
     """O5 in full."""
     check_law(small, 51_200)
