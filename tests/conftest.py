@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import zlib
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 # and no test may reach for a model hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background shell starts us deaf to it, and our children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest

@@ -31,7 +31,6 @@ Start = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts `flyball serve`; what still runs when the test ends is killed."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit it where a shell ignores it
     processes: list[subprocess.Popen[str]] = []
 
     def run(*args: object, **env: str) -> subprocess.Popen[str]:
@@ -46,7 +45,6 @@ def start() -> Iterator[Start]:
         return process
 
     yield run
-    signal.signal(signal.SIGINT, before)
     for process in processes:
         process.kill()
         process.communicate()
