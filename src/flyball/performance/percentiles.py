@@ -59,8 +59,8 @@ def percentiles(queues: Queues, rates_rps: Floats, levels: Sequence[float] = LEV
     >>> one = Replicas.of(alpha_s=.012, beta_s=5e-5, gamma_s=5e-7, input_tokens=128, output_tokens=512,
     ...                   max_batch=48, max_queue=128)
     >>> seen = percentiles(queue_model("v3").prepare(one), np.array([3.5]))
-    >>> print(" ".join(f"{v:.2f}" for v in seen.ttft_s[0]))  # P50, P90, P99 of a mean of 0.81
-    0.05 2.81 9.33
+    >>> print(" ".join(f"{v:.2f}" for v in seen.ttft_s[0]))  # P50, P90, P99
+    0.05 2.84 8.93
     """
     if not isinstance(queues, Dissectable):
         raise InvalidInput("this queue model tells means only; use v3 or v3-engine for percentiles")
