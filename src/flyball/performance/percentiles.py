@@ -161,7 +161,7 @@ class _Row:
         found, waits = np.split(u[:, 0], [AT_ONCE])
         n = len(self.gap)
         head = np.cumsum(self.batch[:n])
-        entered = np.searchsorted(head / head[-1], found, side="right")
+        entered = np.searchsorted(head, found * head[-1], side="right")  # all 0 far beyond capacity: the full batch
         entered = np.minimum(np.append(entered, np.full(WAITING, n - 1)), n - 1)
         wait, late = self._wait(waits, u[AT_ONCE:, 1])
         prompt, answer = _lengths(self.cv[0], 2), _lengths(self.cv[1], 3)

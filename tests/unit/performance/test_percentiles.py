@@ -109,3 +109,12 @@ def test_models_that_tell_means_only_are_refused() -> None:
         percentiles(queue_model("v1").prepare(Replicas.of(**ONE, max_batch=12)), np.array([1.0]))
     with pytest.raises(InvalidInput, match="give numbers between 0 and 100"):
         percentiles(LAW.prepare(Replicas.of(**ONE, max_batch=12)), np.array([1.0]), (100.0,))
+
+
+@pytest.mark.parametrize("rate", [0.0, 10.0, 1e3, 1e6])
+def test_overload_and_silence_have_percentiles_too(rate: float) -> None:
+    """Far beyond capacity the queue is always full and waits are finite; without load nobody waits."""
+    queues = LAW.prepare(Replicas.of(**ONE, max_batch=12))
+    seen = percentiles(queues, np.array([rate]), LEVELS).ttft_s[0]
+    assert np.all(np.isfinite(seen))
+    assert np.all(np.diff(seen) >= 0)
