@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from flyball.compat.inferno import create_app
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 SYSTEM = (Path(__file__).parents[2] / "data" / "inferno" / "small" / "system-data.json").read_text()
 ROUTES = ("/solve", "/target", "/optimize", "/optimizeOne")
 PROBLEM = {  # examples/problem-data.json of queue-analysis, keys as published

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from flyball.compat.inferno import create_app
 from flyball.performance.queueing import Replicas, queue_model
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 DATA = Path(__file__).parents[2] / "data" / "inferno"
 SMALL = {name: json.loads((DATA / "small" / f"{name}-data.json").read_text()) for name in (
     "accelerator", "capacity", "model", "serviceclass", "server")}  # fmt: skip

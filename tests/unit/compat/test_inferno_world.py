@@ -16,6 +16,8 @@ from flyball.compat.inferno_world import World
 from flyball.core.errors import ActuationFailed
 from helpers.toy_fleet import ToyFleet, fleet_spec
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 SYSTEM = json.loads((Path(__file__).parents[2] / "data" / "inferno" / "small" / "system-data.json").read_text())
 
 

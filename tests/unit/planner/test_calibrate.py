@@ -16,6 +16,8 @@ from flyball.performance.fit import OperatingPoint, predict
 from flyball.performance.queueing import queue_model
 from flyball.planner.calibrate import KEPT, Calibration, CycleReport, begin, observe, prior_from
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 TRUTH = np.array([8e-3, 1.6e-5, 5e-7])  # of the recorded tuner sequences; the default start is 10 times off in gamma
 
 

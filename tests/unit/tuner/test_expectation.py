@@ -16,6 +16,8 @@ from flyball.tuner.study import summary
 from helpers.simulated_engine import CONSTRAINTS, SimulatedEngine
 from helpers.studies import BOUNDS, problem, rig, study
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 LINEAR = {"base_s": 0.008, "token_s": 0.00005, "seq_s": 0.0}  # an engine that keeps to the law
 TRIED = [(64, 2048), (24, 1024), (16, 512), (12, 256), (32, 256), (48, 512)]
 OTHERS = [(3, 512), (6, 128), (8, 1536), (16, 1536), (32, 512), (64, 128)]

@@ -23,6 +23,8 @@ from flyball.tuner.study import history, opened, run, storage_url
 from helpers.simulated_engine import SimulatedEngine
 from helpers.studies import problem, rig
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 GOODPUT = Objective.parse("goodput")
 
 

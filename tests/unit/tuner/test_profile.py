@@ -13,6 +13,8 @@ from flyball.tuner.trials import Trial
 from helpers.simulated_engine import SimulatedEngine
 from helpers.studies import problem, rig, study
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 LINEAR = {"base_s": 0.008, "token_s": 0.00005, "seq_s": 0.0}  # alpha, beta and no third: the law's own engine
 
 

@@ -17,6 +17,8 @@ from flyball.tuner.trials import Trial, best
 from helpers.simulated_engine import SimulatedEngine
 from helpers.studies import problem, rig, study
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:

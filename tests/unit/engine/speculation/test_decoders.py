@@ -26,6 +26,8 @@ from flyball.engine.speculation.decoders import (
 )
 from flyball.engine.text import TextCodec
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 PROMPT = "The cat sat on the naïve mat 😀 and"
 GREEDY = SpeculativeConfig(temperature=0.0)
 

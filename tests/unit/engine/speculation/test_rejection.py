@@ -12,6 +12,8 @@ from flyball.engine.request import SamplingParams
 from flyball.engine.sampler import draw, processed_probabilities
 from flyball.engine.speculation.rejection import residual, speculative_sample
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 V, K, N = 12, 3, 100_000
 
 

@@ -24,6 +24,8 @@ from flyball.engine.speculation.draft_model import DraftModelProposer
 from flyball.engine.speculation.heads import MedusaHeads
 from flyball.engine.speculation.ngram import Lookup
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 Make = Callable[..., EngineCore]
 PROMPTS = [[5, 9, 40, 77, 3], [1, 2, 3, 1, 2, 3, 1, 2], list(range(20, 60)), [7] * 19]
 METHODS = ["ngram", "draft", "medusa"]

@@ -13,6 +13,8 @@ from flyball.engine.core import EngineCore
 from flyball.engine.cpu.build import KernelsUnavailable, load_kernels
 from flyball.engine.request import SamplingParams
 
+pytestmark = pytest.mark.slow  # together too long for the inner loop
+
 TURNS = 12  # a race need not show in one
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [7] * 19, list(range(20, 60))]
 
